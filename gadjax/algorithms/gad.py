@@ -1,0 +1,161 @@
+"""GAD: the student is trained by GRPO on the discriminator's scores, while the discriminator goes on learning.
+
+*Black-Box On-Policy Distillation of Large Language Models*, arXiv 2511.10643. For B groups of one prompt x, one teacher
+response y and N student responses ŷ_i, sampled at temperature T:
+
+    D(x, y)   = w · h(x ⊕ y)[last token]
+    L_D       = mean over b, i of  -log σ( D(x_b, y_b) - D(x_b, ŷ_bi) )
+    r_bi      = D(x_b, ŷ_bi), from the same forward, before D is updated
+    A_bi      = (r_bi - mean_i r_bi) / (std_i r_bi + 1e-6)
+    ρ         = exp(logp - logp_old)
+    L_G       = - token-mean[ min(ρ A, clip(ρ, 1 - 0.2, 1 + 0.2) A) ] + β · token-mean[ k3(logp_ref - logp) ]
+
+Where it departs from textbook GRPO: the token mean is over all response tokens of the global batch (no division by each
+response's length); the clip is dual (c = 3 where A < 0); there is one update per rollout, so logp_old = stop_gradient(logp).
+Identical responses of a group get one common score before the advantage, or rounding would become advantages.
+
+Letters: B groups, J = 1 + N responses of a group with the teacher's first, N student responses, M rows, L tokens of a row.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from pydantic import Field
+
+from gadjax import losses
+from gadjax.algorithms.forward import accumulate, response_log_probs, response_mask, response_scores, sum_over
+from gadjax.algorithms.stage import Algorithm, DiscriminatorStep, Guidance, SamplingStageConfig, StudentStep
+from gadjax.models.decoder import Network
+from gadjax.optimizer import OptimizerConfig, make_optimizer, update
+from gadjax.types import Metrics, MicroBatch, PackedRows, Params, Role
+
+Score = Callable[[Params, PackedRows], jax.Array]
+
+
+class GadConfig(SamplingStageConfig):
+    """The adversarial stage.
+
+    Attributes:
+        group_size: N; at least 2, because an advantage compares responses of one group.
+        kl_weight: β.
+    """
+
+    algorithm: Literal["gad"] = "gad"
+    group_size: int = Field(8, ge=2)
+    kl_weight: float = Field(0.001, ge=0)
+
+
+def common_scores(scores_BJ: jax.Array, first_BJ: jax.Array) -> jax.Array:
+    """Gives identical responses of a group the score of the first of them, so that a tie is exactly a tie. [B, J]."""
+    return jnp.take_along_axis(scores_BJ, first_BJ, axis=1)
+
+
+def score_metrics(scores_BJ: jax.Array) -> Metrics:
+    """What the scores say of the discriminator; ties count one half in the accuracy."""
+    teacher_B1, student_BN = scores_BJ[:, :1], scores_BJ[:, 1:]
+    margin_BN = teacher_B1 - student_BN
+    return {
+        "discriminator/accuracy": jnp.mean(0.5 * (1.0 + jnp.sign(margin_BN))),
+        "discriminator/teacher_score": jnp.mean(teacher_B1),
+        "discriminator/student_score": jnp.mean(student_BN),
+        "discriminator/margin": jnp.mean(margin_BN),
+    }
+
+
+def make_score(network: Network) -> Score:
+    """Builds `score(params, rows) -> scores_BJ`, the discriminator's own score of every response, without gradients."""
+
+    def score(params: Params, rows: PackedRows) -> jax.Array:
+        return sum_over(lambda micro: response_scores(network, params, micro), rows)
+
+    return score
+
+
+def make_discriminator_step(network: Network, optimizer: optax.GradientTransformation, *, train: bool = True) -> DiscriminatorStep:
+    """Builds `step(discriminator, rows) -> (discriminator, scores_BJ, metrics)`.
+
+    The rows hold prompt + teacher + N students per group. One forward gives the loss and the scores, which are those before
+    the update. With `train=False` (the paper's off-policy study) the discriminator scores and stays as it is.
+    """
+    score = make_score(network)
+
+    def loss(params: Params, micro: MicroBatch) -> tuple[jax.Array, jax.Array]:
+        scores_BJ = response_scores(network, params, micro)
+        pairs_BN = losses.bradley_terry(scores_BJ[:, 0], scores_BJ[:, 1:])
+        return jnp.sum(jnp.where(micro.here_BJ[:, 1:], pairs_BN, 0.0)) / pairs_BN.size, scores_BJ
+
+    def metrics_of(scores_BJ: jax.Array) -> Metrics:
+        pairs_BN = losses.bradley_terry(scores_BJ[:, 0], scores_BJ[:, 1:])
+        return score_metrics(scores_BJ) | {"discriminator/loss": jnp.mean(pairs_BN)}
+
+    def step(role: Role, rows: PackedRows) -> tuple[Role, jax.Array, Metrics]:
+        grads, raw_BJ = accumulate(loss, role.params, rows)
+        scores_BJ = common_scores(raw_BJ, rows.first_BJ)
+        role, grad_norm = update(optimizer, role, grads)
+        return role, scores_BJ, metrics_of(scores_BJ) | {"discriminator/grad_norm": grad_norm}
+
+    def frozen_step(role: Role, rows: PackedRows) -> tuple[Role, jax.Array, Metrics]:
+        scores_BJ = common_scores(score(role.params, rows), rows.first_BJ)
+        return role, scores_BJ, metrics_of(scores_BJ)
+
+    return step if train else frozen_step
+
+
+def reward_metrics(rewards_BN: jax.Array) -> Metrics:
+    """The rewards' mean, their spread within groups, and the share of groups without any."""
+    spread_B = jnp.std(rewards_BN, axis=1, ddof=1)
+    return {
+        "student/reward_mean": jnp.mean(rewards_BN),
+        "student/reward_std": jnp.mean(spread_B),
+        "rollout/zero_std_fraction": jnp.mean((spread_B == 0).astype(jnp.float32)),
+    }
+
+
+def make_student_step(network: Network, optimizer: optax.GradientTransformation, *, temperature: float, kl_weight: float) -> StudentStep:
+    """Builds `step(student, rows, guidance) -> (student, metrics)`; the rows hold prompt + N students per group."""
+
+    def share(values_ML: jax.Array, micro: MicroBatch) -> jax.Array:
+        return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.count
+
+    def step(role: Role, rows: PackedRows, guidance: Guidance) -> tuple[Role, Metrics]:
+        rewards_BN = guidance.scores_BJ[:, 1:]
+        advantages_BN = losses.group_advantages(rewards_BN)
+
+        def loss(params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:
+            cells = micro.cells
+            logp_ML, entropy_ML = response_log_probs(network, params, cells, temperature)
+            logp_ref_ML, _ = response_log_probs(network, guidance.reference, cells, temperature)
+            advantage_ML = advantages_BN[cells.groups_ML, jnp.maximum(cells.responses_ML, 0)]
+            surrogate_ML, clipped_ML = losses.clipped_surrogate(logp_ML - jax.lax.stop_gradient(logp_ML), advantage_ML)
+            kl_ML = losses.k3(logp_ref_ML, logp_ML)
+            sums = {
+                "student/loss": share(surrogate_ML + kl_weight * kl_ML, micro),
+                "student/kl": share(kl_ML, micro),
+                "student/entropy": share(entropy_ML, micro),
+                "student/clip_fraction": share(clipped_ML, micro),
+                "rollout/logp_gap": share(jnp.abs(logp_ML - cells.logps_ML), micro),
+            }
+            return sums["student/loss"], sums
+
+        grads, metrics = accumulate(loss, role.params, rows)
+        role, grad_norm = update(optimizer, role, grads)
+        return role, metrics | reward_metrics(rewards_BN) | {"student/grad_norm": grad_norm}
+
+    return step
+
+
+def build(config: GadConfig, optimizer: OptimizerConfig, student: Network, discriminator: Network) -> Algorithm:
+    """The algorithm of a `gad` stage."""
+    return Algorithm(
+        student=make_student_step(
+            student, make_optimizer(optimizer, config.learning_rate), temperature=config.temperature, kl_weight=config.kl_weight
+        ),
+        discriminator=make_discriminator_step(
+            discriminator, make_optimizer(optimizer, config.discriminator.learning_rate), train=config.discriminator.train
+        ),
+        student_reads="samples",
+        needs_reference=True,
+    )

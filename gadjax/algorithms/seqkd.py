@@ -1,0 +1,71 @@
+"""SeqKD: cross entropy on the teacher's text (sequence-level knowledge distillation), the paper's baseline and warm-up.
+
+    L = - token-mean[ log p(y_t | x, y_<t) ]     at T = 1, over all response tokens of the global batch, end of turn included
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gadjax.algorithms.forward import accumulate, response_log_probs, sum_over
+from gadjax.algorithms.stage import Algorithm, Guidance, StageConfig, StudentStep
+from gadjax.models.decoder import Network
+from gadjax.optimizer import OptimizerConfig, make_optimizer, update
+from gadjax.types import Metrics, MicroBatch, PackedRows, Params, Role
+
+
+class SeqkdConfig(StageConfig):
+    """The supervised stage."""
+
+    algorithm: Literal["seqkd"] = "seqkd"
+
+
+def _micro_loss(network: Network, params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:
+    logp_ML, entropy_ML = response_log_probs(network, params, micro.cells, temperature=1.0)
+    sums = {"student/loss": -jnp.sum(logp_ML) / micro.count, "student/entropy": jnp.sum(entropy_ML) / micro.count}
+    return sums["student/loss"], sums
+
+
+def make_loss(network: Network) -> Callable[[Params, PackedRows], jax.Array]:
+    """Builds `loss(params, rows)`, the cross entropy in nats a token without its gradients."""
+
+    def loss(params: Params, rows: PackedRows) -> jax.Array:
+        return sum_over(lambda micro: _micro_loss(network, params, micro)[0], rows)
+
+    return loss
+
+
+def make_sequence_log_probs(network: Network) -> Callable[[Params, PackedRows], jax.Array]:
+    """Builds `log_probs(params, rows) -> [B, J]`, log p(y | x) of each whole response at T = 1, end of turn included."""
+
+    def log_probs(params: Params, rows: PackedRows) -> jax.Array:
+        def of_micro_batch(micro: MicroBatch) -> jax.Array:
+            cells = micro.cells
+            logp_ML, _ = response_log_probs(network, params, cells, temperature=1.0)  # 0 outside of responses
+            zeros_BJ = jnp.zeros(micro.here_BJ.shape, jnp.float32)
+            return zeros_BJ.at[cells.groups_ML, jnp.maximum(cells.responses_ML, 0)].add(logp_ML)
+
+        return sum_over(of_micro_batch, rows)
+
+    return log_probs
+
+
+def make_student_step(network: Network, optimizer: optax.GradientTransformation) -> StudentStep:
+    """Builds `step(student, rows, guidance) -> (student, metrics)`; the rows hold prompt + teacher per group."""
+
+    def step(role: Role, rows: PackedRows, guidance: Guidance) -> tuple[Role, Metrics]:
+        del guidance
+        grads, metrics = accumulate(lambda params, micro: _micro_loss(network, params, micro), role.params, rows)
+        role, grad_norm = update(optimizer, role, grads)
+        return role, metrics | {"student/grad_norm": grad_norm}
+
+    return step
+
+
+def build(config: SeqkdConfig, optimizer: OptimizerConfig, student: Network, discriminator: Network) -> Algorithm:
+    """The algorithm of a `seqkd` stage."""
+    del discriminator
+    return Algorithm(student=make_student_step(student, make_optimizer(optimizer, config.learning_rate)))

@@ -1,0 +1,103 @@
+"""What every algorithm offers to the training loop, and what every stage of a config has.
+
+An algorithm is one file with a `Config` (a `StageConfig`) and `build(config, ...) -> Algorithm`. The loop knows no more.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+from pydantic import Field
+
+from gadjax.section import Section
+from gadjax.types import Metrics, PackedRows, Params, Role
+
+
+class DiscriminatorConfig(Section):
+    """The discriminator of a stage.
+
+    Attributes:
+        learning_rate: constant.
+        train: whether it goes on learning; false is the paper's off-policy study.
+        from_: where its parameters and optimizer come from: a stage, or `student` for a copy of the stage's first student
+            with a fresh head. By default the stage's own `from` if that has a discriminator, else `student`.
+    """
+
+    learning_rate: float = Field(1e-6, gt=0)
+    train: bool = True
+    from_: str | None = Field(None, alias="from")
+
+
+class StageConfig(Section):
+    """What every stage has.
+
+    Attributes:
+        algorithm: its name in `gadjax.algorithms.registry`.
+        from_: the student that it starts from: an earlier stage, or `student` for the untouched one.
+        epochs: passes over the training groups.
+        max_steps: bound on the steps, or null.
+        batch_groups: B, groups per step.
+        learning_rate: the student's, constant.
+        checkpoint_every: steps between checkpoints; the last step always has one.
+        validate_every: steps between validations.
+    """
+
+    algorithm: str
+    from_: str = Field("student", alias="from")
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    batch_groups: int = Field(256, ge=1)
+    learning_rate: float = Field(1e-6, gt=0)
+    checkpoint_every: int = Field(50, ge=1)
+    validate_every: int = Field(50, ge=1)
+
+
+class SamplingStageConfig(StageConfig):
+    """A stage that samples responses from the student.
+
+    Attributes:
+        group_size: N, student responses per group.
+        temperature: T of the samples.
+        discriminator: its discriminator.
+    """
+
+    group_size: int = Field(8, ge=1)
+    temperature: float = Field(0.8, gt=0)
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+
+class Guidance(NamedTuple):
+    """What the student's step may go by, besides its rows.
+
+    Attributes:
+        reference: the student's parameters at the start of the stage.
+        scores_BJ: the discriminator's scores of this batch before its update, teacher first.
+    """
+
+    reference: Params | None
+    scores_BJ: jax.Array | None
+
+
+DiscriminatorStep = Callable[[Role, PackedRows], tuple[Role, jax.Array, Metrics]]
+StudentStep = Callable[[Role, PackedRows, Guidance], tuple[Role, Metrics]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One step of a stage, as pure functions.
+
+    Attributes:
+        student: (student, rows, guidance) -> (student, metrics).
+        discriminator: (discriminator, rows of teacher and samples) -> (discriminator, scores_BJ, metrics), or None in a
+            stage without one. A stage that has one samples.
+        student_reads: the responses in the student's rows: the teacher's, or its own samples.
+        student_begins: the first step, counted from 0, in which the student learns.
+        needs_reference: whether `student` reads `Guidance.reference`.
+    """
+
+    student: StudentStep
+    discriminator: DiscriminatorStep | None = None
+    student_reads: str = "teacher"
+    student_begins: int = 0
+    needs_reference: bool = False

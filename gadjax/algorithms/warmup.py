@@ -1,0 +1,42 @@
+"""The warm-up before GAD: cross entropy for the student, Bradley-Terry on its fresh samples for the discriminator.
+
+The paper's section 2: without it the discriminator tells the two apart at a glance and its scores teach nothing. In the
+first steps the discriminator learns alone.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from gadjax.algorithms import gad, seqkd
+from gadjax.algorithms.stage import Algorithm, DiscriminatorConfig, SamplingStageConfig
+from gadjax.models.decoder import Network
+from gadjax.optimizer import OptimizerConfig, make_optimizer
+
+
+class WarmupDiscriminatorConfig(DiscriminatorConfig):
+    """The discriminator of a warm-up.
+
+    Attributes:
+        only_first_steps: steps at the beginning in which the discriminator learns and the student does not.
+    """
+
+    only_first_steps: int = Field(10, ge=0)
+
+
+class WarmupConfig(SamplingStageConfig):
+    """The stage that warms both models up."""
+
+    algorithm: Literal["warmup"] = "warmup"
+    discriminator: WarmupDiscriminatorConfig = WarmupDiscriminatorConfig()
+
+
+def build(config: WarmupConfig, optimizer: OptimizerConfig, student: Network, discriminator: Network) -> Algorithm:
+    """The algorithm of a `warmup` stage."""
+    return Algorithm(
+        student=seqkd.make_student_step(student, make_optimizer(optimizer, config.learning_rate)),
+        discriminator=gad.make_discriminator_step(
+            discriminator, make_optimizer(optimizer, config.discriminator.learning_rate), train=config.discriminator.train
+        ),
+        student_begins=config.discriminator.only_first_steps,
+    )

@@ -1,0 +1,139 @@
+"""The command line: `gadjax run CONFIG` and its parts.
+
+What a command needs is loaded when it is used, so that `gadjax --help` answers at once and nothing starts jax before it must.
+
+Exit status: 0 done; 2 a mistake of the user, told in one line; 130 interrupted; 1 a fault of ours, with its traceback.
+"""
+
+import importlib
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gadjax.errors import UserError
+
+COMMANDS = {  # command -> "module:function"
+    "run": "gadjax.run:run",
+    "collect": "gadjax.run:collect",
+    "prepare": "gadjax.run:prepare",
+    "train": "gadjax.run:train",
+    "evaluate": "gadjax.run:evaluate",
+    "report": "gadjax.run:report",
+    "export": "gadjax.export:export",
+}
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.", exists=True, dir_okay=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the file's.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gadjax {metadata.version('gadjax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _gadjax(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Black-box on-policy distillation: an open student learns to answer like a teacher of which only the text is seen.
+
+    Example: gadjax run configs/quickstart.yaml
+    """
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None) -> None:
+    """Do everything that follows, in this order; goes on where it stopped.
+
+    Example: gadjax run configs/quickstart.yaml stages.gad.max_steps=100
+    """
+    _call("run", config, overrides or [])
+
+
+@app.command()
+def collect(config: Config, overrides: Overrides = None) -> None:
+    """Ask the teacher for the answers that are not in the cache yet.
+
+    Example: gadjax collect configs/quickstart.yaml teacher.max_cost=5
+    """
+    _call("collect", config, overrides or [])
+
+
+@app.command()
+def prepare(config: Config, overrides: Overrides = None) -> None:
+    """Make the data that training reads of prompts and answers.
+
+    Example: gadjax prepare configs/quickstart.yaml
+    """
+    _call("prepare", config, overrides or [])
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train the stages in their order, each from its last checkpoint.
+
+    Example: gadjax train configs/quickstart.yaml stages.gad.learning_rate=5.0e-7
+    """
+    _call("train", config, overrides or [])
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Compare student, stages and teacher on the validation prompts.
+
+    Example: gadjax evaluate configs/quickstart.yaml
+    """
+    _call("evaluate", config, overrides or [])
+
+
+@app.command()
+def report(config: Config, overrides: Overrides = None) -> None:
+    """Write the run's report, a page to open in a browser.
+
+    Example: gadjax report configs/quickstart.yaml
+    """
+    _call("report", config, overrides or [])
+
+
+@app.command()
+def export(stage: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run's folder and, if not the last, a stage.")]) -> None:
+    """Write a stage's student as a Hugging Face folder.
+
+    Example: gadjax export runs/quickstart/gad
+    """
+    _call("export", stage)
+
+
+def _call(command: str, *arguments: Any) -> None:
+    module, _, function = COMMANDS[command].partition(":")
+    getattr(importlib.import_module(module), function)(*arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command line (the process's own by default) and exits with its status.
+
+    Raises:
+        SystemExit: always, unless the command failed by a fault of ours, whose exception goes through.
+    """
+    try:
+        status = app(arguments, prog_name="gadjax", standalone_mode=False) or 0
+    except UserError as mistake:
+        status = _fail(str(mistake))
+    except typer.TyperException as mistake:  # the command line itself
+        status = _fail(f"{mistake.format_message()} (gadjax --help tells more)")
+    if status == INTERRUPTED:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.exit(status)
+
+
+def _fail(message: str) -> int:
+    print(f"gadjax: {message}", file=sys.stderr)
+    return 2

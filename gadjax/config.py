@@ -1,0 +1,256 @@
+"""The whole config: the sections of the parts, put together; YAML and overrides in, frozen classes out."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from gadjax.algorithms.gad import GadConfig
+from gadjax.algorithms.registry import ALGORITHMS
+from gadjax.algorithms.seqkd import SeqkdConfig
+from gadjax.algorithms.stage import SamplingStageConfig, StageConfig
+from gadjax.algorithms.warmup import WarmupConfig
+from gadjax.errors import UserError
+from gadjax.evaluation.config import EvaluationConfig
+from gadjax.models.fresh import FreshConfig
+from gadjax.optimizer import OptimizerConfig
+from gadjax.prompts import PromptsConfig
+from gadjax.section import Section
+from gadjax.sharding import MeshConfig
+from gadjax.teachers.config import TeacherConfig
+
+UNTOUCHED = "student"  # what `from` says for the student as it came
+
+
+class RunConfig(Section):
+    """Where a run lives.
+
+    Attributes:
+        name: of the run's folder, below `folder`.
+        folder: holds the runs.
+        seed: of everything random.
+    """
+
+    name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    folder: str = "runs"
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.folder) / self.name
+
+
+class StudentConfig(Section):
+    """The model that learns.
+
+    Attributes:
+        path: a Hugging Face folder or hub name.
+        random: a small fresh model instead, with a tokenizer made from the teacher's words.
+        compute_dtype: of activations; parameters and optimizers are float32.
+    """
+
+    path: str | None = "Qwen/Qwen2.5-7B-Instruct"
+    random: FreshConfig | None = None
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _random_has_no_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("random") is not None:
+            if values.get("path"):
+                raise ValueError("give `path` or `random`, not both")
+            return values | {"path": None}
+        return values
+
+
+class DataConfig(Section):
+    """Lengths and rows.
+
+    Attributes:
+        max_prompt_tokens: P; longer prompts lose the end of the user's text.
+        max_response_tokens: R; longer responses are cut and have no end of turn.
+        row_tokens: L, tokens of a packed row; by default the largest group.
+        rows: M, packed rows of a micro-batch; by default one per data-parallel device.
+    """
+
+    max_prompt_tokens: int = Field(2048, ge=1)
+    max_response_tokens: int = Field(1536, ge=1)
+    row_tokens: int | None = Field(None, ge=2)
+    rows: int | None = Field(None, ge=1)
+
+
+def _default_stages() -> dict[str, StageConfig]:
+    return {
+        "seqkd": SeqkdConfig(epochs=3, learning_rate=5e-6),
+        "warmup": WarmupConfig(epochs=1, learning_rate=5e-6),
+        "gad": GadConfig(from_="warmup", epochs=2, learning_rate=1e-6),
+    }
+
+
+class Config(Section):
+    """One experiment."""
+
+    run: RunConfig = RunConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    stages: dict[str, SerializeAsAny[StageConfig]] = Field(default_factory=_default_stages)
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _by_algorithm(cls, stages: Any) -> Any:
+        """Each stage into the class of its algorithm."""
+        if not isinstance(stages, dict):
+            return stages
+        made = {}
+        for name, stage in stages.items():
+            if isinstance(stage, dict):
+                entry = ALGORITHMS.get(stage.get("algorithm"))
+                if entry is None:
+                    raise ValueError(f"{name}.algorithm is {stage.get('algorithm')!r}, but must be one of {', '.join(ALGORITHMS)}")
+                try:
+                    stage = entry.config.model_validate(stage)
+                except ValidationError as error:
+                    raise _at(f"stages.{name}", error, entry.config) from error
+            made[name] = stage
+        return made
+
+    @model_validator(mode="after")
+    def _stages_start_from_earlier_ones(self) -> "Config":
+        earlier = {UNTOUCHED}
+        for name, stage in self.stages.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == UNTOUCHED:
+                raise ValueError(f"stages: {name!r} is no name for a stage; use letters, digits, - and _ (not `{UNTOUCHED}`)")
+            origins = {"from": stage.from_}
+            if isinstance(stage, SamplingStageConfig) and stage.discriminator.from_ is not None:
+                origins["discriminator.from"] = stage.discriminator.from_
+            for field, origin in origins.items():
+                if origin not in earlier:
+                    raise ValueError(f"stages.{name}.{field}: {origin!r} is not an earlier stage; use one of {', '.join(sorted(earlier))}")
+            earlier.add(name)
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-5 as a number, as YAML 1.2 and people do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|nan))$", re.I),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML to plain values; what is broken is a UserError with its line."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark else where
+        raise UserError(place, f"is not YAML ({getattr(error, 'problem', None) or error})", "mend that line") from error
+
+
+def _read(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config file's values over those of the file that it extends."""
+    try:
+        values = parse_yaml(file.read_text(), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(file), f"cannot be read ({error})", "name a config file") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(str(file), "is not a mapping of sections", "write sections such as `run:` and `teacher:`")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    base = (file.parent / str(parent)).resolve()
+    if base in seen:
+        raise UserError(str(file), f"extends {parent}, which extends it", "break the circle")
+    return _merge(_read(base, (*seen, base)), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """Applies `key.path=value`."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(override, "is not an override", "write key.path=value, for example run.seed=1")
+    nested: Any = parse_yaml(text, override)
+    for key in reversed(path.split(".")):
+        nested = {key: nested}
+    return _merge(values, nested)
+
+
+def _nearest(section: type[Section], key: str) -> str:
+    """The mend for an unknown key."""
+    known = [field.alias or name for name, field in section.model_fields.items()]
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
+
+
+def _section_at(root: type[Section], path: tuple[Any, ...]) -> type[Section] | None:
+    """The section class that holds the last key of `path`."""
+    section = root
+    for key in path[:-1]:
+        field = section.model_fields.get(str(key))
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        section = next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
+        if section is None:
+            return None
+    return section
+
+
+def _at(prefix: str, error: ValidationError, root: type[Section]) -> UserError:
+    """pydantic's first complaint as ours: the field by its dotted name, what is wrong, and the mend."""
+    first = cast(ErrorDetails, error.errors()[0])
+    where = ".".join([prefix, *map(str, first["loc"])] if prefix else map(str, first["loc"])) or "config"
+    if first["type"] == "extra_forbidden":
+        section = _section_at(root, first["loc"])
+        return UserError(where, "there is no such field", _nearest(section, str(first["loc"][-1])) if section else "leave it out")
+    what = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(first["input"], dict) else f" (it is {first['input']!r})"
+    return UserError(where, what + shown, "mend it in the config or on the command line")
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """Plain values to a config.
+
+    Raises:
+        UserError: a field is unknown or of the wrong type, or fields do not fit each other.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _at("", error, Config) from error
+
+
+def load_config(file: Path, overrides: list[str]) -> Config:
+    """Reads a config file, what it extends, and the overrides of the command line."""
+    values = _read(file, (file.resolve(),))
+    for override in overrides:
+        values = _override(values, override)
+    return make_config(values)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML. It holds no secret: keys are named by their environment variable."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)

@@ -1,0 +1,179 @@
+"""Groups into packed rows: whole groups, first fit decreasing, no padding inside. Host side, NumPy.
+
+Letters: B groups, J responses per group, A micro-batches, M rows of a micro-batch, L tokens of a row, P and R the longest
+prompt and response allowed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gadjax.types import Cells, PackedRows
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """The shape of the rows of one step; the same for every batch, so that a step compiles once.
+
+    Attributes:
+        groups: B.
+        micro_batches: A, enough for B groups of the largest size.
+        rows: M.
+        length: L.
+    """
+
+    groups: int
+    micro_batches: int
+    rows: int
+    length: int
+
+    @classmethod
+    def holding(cls, groups: int, responses: int, *, prompt_tokens: int, response_tokens: int, rows: int, length: int) -> "RowShape":
+        """The shape that holds any batch of `groups` groups of one prompt of at most P and J responses of at most R tokens.
+
+        First fit opens a row only when no open one has room, so every row but the last holds as many groups as would fit
+        if all were of the largest size; the bound on A follows.
+        """
+        largest = prompt_tokens + responses * response_tokens
+        if largest <= length:
+            per_micro_batch = rows * (length // largest)
+        else:
+            pieces = -(-responses // max(1, (length - prompt_tokens) // response_tokens))
+            per_micro_batch = max(1, rows // pieces)
+        return cls(groups=groups, micro_batches=-(-groups // per_micro_batch), rows=rows, length=length)
+
+
+@dataclass
+class _MicroBatch:
+    """The rows of one micro-batch while they are filled: free tokens and the pieces (group, first, last response) of each."""
+
+    free: list[int]
+    pieces: list[list[tuple[int, int, int]]] = field(default_factory=list)
+
+    def place(self, sizes: list[int]) -> list[int] | None:
+        """The rows that would take pieces of these sizes, or None if they do not all fit. Takes the room if they do."""
+        free, rows = self.free.copy(), []
+        for size in sizes:
+            row = next((index for index, room in enumerate(free) if room >= size), None)
+            if row is None:
+                return None
+            free[row] -= size
+            rows.append(row)
+        self.free = free
+        return rows
+
+
+def _split(prompt: Ids, responses: Sequence[Ids], length: int) -> list[tuple[int, int, int]]:
+    """A group as pieces (first response, one past the last, tokens) that each fit a row; the prompt is repeated in each."""
+    pieces, first, size = [], 0, len(prompt)
+    for index, response in enumerate(responses):
+        if index > first and size + len(response) > length:
+            pieces.append((first, index, size))
+            first, size = index, len(prompt)
+        size += len(response)
+    return [*pieces, (first, len(responses), size)]
+
+
+def _assign(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], shape: RowShape) -> list[_MicroBatch]:
+    """Every group's pieces to rows, largest group first, all pieces of a group in one micro-batch."""
+    split = [_split(prompt, answers, shape.length) for prompt, answers in zip(prompts, responses, strict=True)]
+    order = sorted(range(len(split)), key=lambda group: -sum(size for _, _, size in split[group]))
+    micro_batches: list[_MicroBatch] = []
+    for group in order:
+        sizes = [size for _, _, size in split[group]]
+        for micro_batch in micro_batches:
+            if (rows := micro_batch.place(sizes)) is not None:
+                break
+        else:
+            micro_batch = _MicroBatch([shape.length] * shape.rows, [[] for _ in range(shape.rows)])
+            micro_batches.append(micro_batch)
+            rows = micro_batch.place(sizes)
+        if rows is None or len(micro_batches) > shape.micro_batches:
+            raise ValueError(f"group {group} of {sum(sizes)} tokens does not fit {shape}")
+        for (first, last, _), row in zip(split[group], rows, strict=True):
+            micro_batch.pieces[row].append((group, first, last))
+    return micro_batches
+
+
+def _empty(shape: RowShape, responses: int) -> PackedRows:
+    shape_AML = (shape.micro_batches, shape.rows, shape.length)
+    pairs = (shape.groups, responses)
+    cells = Cells(
+        tokens_ML=np.zeros(shape_AML, np.int32),
+        positions_ML=np.zeros(shape_AML, np.int32),
+        segments_ML=np.full(shape_AML, -1, np.int32),
+        responses_ML=np.full(shape_AML, -1, np.int32),
+        groups_ML=np.zeros(shape_AML, np.int32),
+        sources_ML=np.full(shape_AML, -1, np.int32),
+        logps_ML=np.zeros(shape_AML, np.float32),
+    )  # type: ignore[arg-type]  # NumPy until the step takes them to the device
+    return PackedRows(
+        cells=cells,
+        micro_BJ=np.full(pairs, -1, np.int32),
+        ends_BJ=np.zeros(pairs, np.int32),
+        first_BJ=np.zeros(pairs, np.int32),
+        used=np.int32(0),
+        count=np.float32(0),
+    )  # type: ignore[arg-type]
+
+
+def _write_piece(rows: PackedRows, at: tuple[int, int, int], segment: int, group: int, prompt: Ids, answers: dict[int, Ids]) -> int:
+    """Writes one prompt and its responses from column `at[2]` on; returns the column after them."""
+    micro, row, start = at
+    length = rows.cells.tokens_ML.shape[-1]
+    prompt_end = start + len(prompt)
+    rows.cells.tokens_ML[micro, row, start:prompt_end] = prompt
+    rows.cells.positions_ML[micro, row, start:prompt_end] = np.arange(len(prompt))
+    column = prompt_end
+    for index, answer in answers.items():
+        span = (micro, row, slice(column, column + len(answer)))
+        rows.cells.tokens_ML[span] = answer
+        rows.cells.positions_ML[span] = np.arange(len(prompt), len(prompt) + len(answer))
+        rows.cells.responses_ML[span] = index
+        rows.cells.sources_ML[span] = np.arange(column - 1, column - 1 + len(answer))
+        rows.cells.sources_ML[micro, row, column] = prompt_end - 1
+        column += len(answer)
+        rows.micro_BJ[group, index] = micro
+        rows.ends_BJ[group, index] = row * length + column - 1
+    rows.cells.segments_ML[micro, row, start:column] = segment
+    rows.cells.groups_ML[micro, row, start:column] = group
+    return column
+
+
+def pack(
+    prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], shape: RowShape, logps: Sequence[Sequence[Sequence[float]]] | None = None
+) -> PackedRows:
+    """Packs a batch.
+
+    Args:
+        prompts: B prompts' ids.
+        responses: for each prompt the ids of its J responses, none of them empty.
+        shape: the rows to fill.
+        logps: the sampler's log-probability of every response token, where it sampled them.
+
+    Returns:
+        NumPy rows.
+
+    Raises:
+        ValueError: a group does not fit (a fault of ours: `RowShape.holding` and the length limits rule it out).
+    """
+    rows = _empty(shape, len(responses[0]))
+    micro_batches = _assign(prompts, responses, shape)
+    for micro, micro_batch in enumerate(micro_batches):
+        for row, pieces in enumerate(micro_batch.pieces):
+            column = 0
+            for segment, (group, first, last) in enumerate(pieces):
+                answers = {index: responses[group][index] for index in range(first, last)}
+                start = column
+                column = _write_piece(rows, (micro, row, start), segment, group, prompts[group], answers)
+                if logps is not None:
+                    flat = [logp for index in answers for logp in logps[group][index]]
+                    rows.cells.logps_ML[micro, row, start + len(prompts[group]) : column] = flat
+    for group, answers in enumerate(responses):
+        seen: dict[tuple[int, ...], int] = {}
+        rows.first_BJ[group] = [seen.setdefault(tuple(answer), index) for index, answer in enumerate(answers)]
+    count = sum(len(answer) for answers in responses for answer in answers)
+    return rows._replace(used=np.int32(len(micro_batches)), count=np.float32(count))  # type: ignore[arg-type]

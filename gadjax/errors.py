@@ -1,0 +1,22 @@
+"""The two ways in which gadjax stops: the user's mistake, and everything else.
+
+A `UserError` is told in one line that names the field or file and the mend, without a traceback, and ends the
+process with status 2. Any other exception is a fault of ours: traceback, status 1.
+"""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    Args:
+        where: the config field (`stages.gad.group_size`), file or environment variable that is at fault.
+        what: what is wrong with it.
+        mend: what to write or do instead.
+    """
+
+    def __init__(self, where: str, what: str, mend: str):
+        super().__init__(f"{where}: {what}; {mend}")
+        self.where, self.what, self.mend = where, what, mend
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())  # always one line

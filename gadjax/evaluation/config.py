@@ -1,0 +1,21 @@
+"""The config section `evaluation`."""
+
+from pydantic import Field
+
+from gadjax.section import Section
+
+
+class EvaluationConfig(Section):
+    """How stages are measured.
+
+    Attributes:
+        validation_groups: held-out groups that a stage looks at while it trains.
+        batch_groups: prompts answered at a time in the evaluation after training.
+        stages: the stages in the table, in this order, besides the untouched `student`; all of them by default.
+        export: the stage that is exported at the end of a run; the last one by default.
+    """
+
+    validation_groups: int = Field(128, ge=1)
+    batch_groups: int = Field(128, ge=1)
+    stages: tuple[str, ...] | None = None
+    export: str | None = None

@@ -1,0 +1,63 @@
+"""All metrics of one stage from its answers: the validation names of `metrics.jsonl`, without their prefix."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gadjax.evaluation.samples import Samples
+from gadjax.evaluation.statistics import by_prompt
+from gadjax.evaluation.texts import distinct_2, overlap, rouge_l
+from gadjax.evaluation.tutor import reverse_kl, verdicts
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a stage: its value, and where it is a mean over prompts, each prompt's own."""
+
+    value: float
+    by_prompt: Mapping[str, float] | None = None
+
+
+def measure(answers: Mapping[str, Samples], vocabulary: int | None = None) -> dict[str, Metric]:
+    """The metrics that the given ways of decoding allow.
+
+    Args:
+        answers: a stage's samples by the name of the way of decoding, of `MODES`.
+        vocabulary: with the tutor as the teacher, the size of the vocabulary; None with any other teacher.
+
+    Returns:
+        of `greedy`: rouge_l, overlap_1 to overlap_4, distinct_2, length_mean (tokens) and, with the tutor, greedy_validity;
+        with the tutor, of `sampled_0_8`: validity, correctness; of `sampled_1_0`: reverse_kl (nats).
+    """
+    found: dict[str, Metric] = {}
+    for mode, samples in answers.items():
+        if mode == "greedy":
+            found |= _texts(samples)
+        if vocabulary is not None:
+            found |= _tutor(mode, samples, vocabulary)
+    return found
+
+
+def _texts(samples: Samples) -> dict[str, Metric]:
+    values = {"rouge_l": rouge_l(samples.texts, samples.teacher)}
+    values |= {f"overlap_{n}": overlap(samples.texts, samples.teacher, n) for n in (1, 2, 3, 4)}
+    metrics = {name: _mean(samples, column) for name, column in values.items()}
+    return metrics | {"distinct_2": Metric(distinct_2(samples.texts)), "length_mean": _mean(samples, samples.lengths)}
+
+
+def _tutor(mode: str, samples: Samples, vocabulary: int) -> dict[str, Metric]:
+    match mode:
+        case "greedy":
+            return {"greedy_validity": _mean(samples, [verdict.valid for verdict in verdicts(samples)])}
+        case "sampled_0_8":
+            found = verdicts(samples)
+            return {"validity": _mean(samples, [v.valid for v in found]), "correctness": _mean(samples, [v.correct for v in found])}
+        case "sampled_1_0":
+            return {"reverse_kl": _mean(samples, reverse_kl(samples, vocabulary))}
+    raise ValueError(f"no way of decoding is called {mode!r}")
+
+
+def _mean(samples: Samples, values: Sequence[float] | np.ndarray) -> Metric:
+    prompts = by_prompt(samples.ids, values)
+    return Metric(sum(prompts.values()) / len(prompts), prompts)

@@ -1,0 +1,59 @@
+"""`summary.json`: the stages side by side.
+
+    {"stages": {"student": {"rouge_l": 0.21, ...}, "seqkd": {...}, "gad": {...}},
+     "intervals": {"student": {"rouge_l": [0.19, 0.23], ...}, ...},                        95 %, where the metric is a mean over prompts
+     "differences": {"gad": {"rouge_l": {"mean": 0.02, "low": 0.01, "high": 0.03}, ...}},   from the baseline, prompt by prompt
+     "baseline": "seqkd", "prompts": 200, "seconds": 812.5}
+
+A number that is not finite is null.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gadjax.evaluation.measure import Metric
+from gadjax.evaluation.statistics import estimate, paired_difference
+from gadjax.files import finite, replace_file, to_json
+
+Stages = Mapping[str, Mapping[str, Metric]]
+
+
+def summarise(stages: Stages, seconds: float, baseline: str = "seqkd") -> dict[str, Any]:
+    """The content of `summary.json`.
+
+    Args:
+        stages: the metrics of each stage, in the order in which they are to be shown.
+        seconds: how long the run took.
+        baseline: the stage that the others are compared with; without such a stage there are no differences.
+
+    Raises:
+        ValueError: two stages answered different prompts.
+    """
+    prompts = {len(metric.by_prompt) for metrics in stages.values() for metric in metrics.values() if metric.by_prompt}
+    summary = {
+        "stages": {stage: {name: metric.value for name, metric in metrics.items()} for stage, metrics in stages.items()},
+        "intervals": {stage: _intervals(metrics) for stage, metrics in stages.items()},
+        "differences": {
+            stage: _differences(metrics, stages[baseline]) for stage, metrics in stages.items() if baseline in stages and stage != baseline
+        },
+        "baseline": baseline,
+        "prompts": max(prompts, default=0),
+        "seconds": seconds,
+    }
+    return finite(summary)
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Writes `summary.json`, whole or not at all."""
+    replace_file(path, to_json(summary, indent=1))
+
+
+def _intervals(metrics: Mapping[str, Metric]) -> dict[str, list[float]]:
+    found = {name: estimate(metric.by_prompt.values()) for name, metric in metrics.items() if metric.by_prompt}
+    return {name: [interval.low, interval.high] for name, interval in found.items()}
+
+
+def _differences(metrics: Mapping[str, Metric], baseline: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
+    pairs = ((name, metric.by_prompt, baseline[name].by_prompt) for name, metric in metrics.items() if name in baseline)
+    return {name: vars(paired_difference(ours, theirs)) for name, ours, theirs in pairs if ours and theirs}

@@ -1,0 +1,47 @@
+"""Files that are whole or absent: written beside, flushed to the disk, then renamed; and JSON without NaN."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Makes `text` the file's content: a reader, or a run that was killed here, sees the old content or the new one.
+
+    Lone surrogates, which UTF-8 cannot hold, become question marks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8", errors="replace")
+    flush(beside)
+    beside.replace(path)
+    flush(path.parent)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON, with null for what JSON cannot say: NaN and infinities."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every float in it that is NaN or infinite."""
+    match value:
+        case float():
+            return float(value) if math.isfinite(value) else None
+        case Mapping():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+    return value

@@ -1,0 +1,78 @@
+"""The numbers of a stage, step by step: `metrics.jsonl` for programs and the report, TensorBoard for the eye.
+
+`metrics.jsonl` has one object per step: {"step": 7, "student/loss": 1.25, ...}. A value that is not finite is null there,
+and NaN when it is read. A step that runs again after an interruption has one row, that of the last time.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from tensorboardX import SummaryWriter
+
+from gadjax.errors import UserError
+from gadjax.files import replace_file, to_json
+
+FILE = "metrics.jsonl"
+Row = dict[str, float]
+
+
+class MetricsLog:
+    """Writes `folder/metrics.jsonl` and TensorBoard's events. On one process of a run only.
+
+    Args:
+        folder: the stage's folder.
+        tensorboard: the folder of the stage's events; TensorBoard shows the folders beside each other as runs.
+        after: the step of the checkpoint that the stage goes on from. Rows of later steps are dropped, for these steps come again.
+            -1: from the beginning.
+    """
+
+    def __init__(self, folder: Path, tensorboard: Path, after: int = -1):
+        path = folder / FILE
+        rows = [row for row in read(path) if row["step"] <= after]
+        replace_file(path, "".join(f"{to_json(row)}\n" for row in rows))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(tensorboard), purge_step=after + 1, flush_secs=30)
+        self._last = after
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the row of a step, which must be later than all before. It is in the file, whole, when this returns."""
+        if step <= self._last:
+            raise ValueError(f"the row of step {step} comes after that of step {self._last}")
+        row = {name: float(value) for name, value in metrics.items()}
+        self._file.write(f"{to_json({'step': step} | row)}\n")
+        self._file.flush()
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)
+        self._last = step
+
+    def close(self) -> None:
+        """Ends both files; TensorBoard's last events are written here."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a metrics file, none where there is no file. A last line that was cut off by a crash is left out.
+
+    Raises:
+        UserError: another line is no row.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({"step": row["step"]} | {name: math.nan if value is None else value for name, value in row.items()})
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}", "is not a row of metrics", "delete the line") from None
+    return rows

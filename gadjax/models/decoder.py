@@ -1,0 +1,244 @@
+"""The one decoder, in Flax NNX, and the two models that stand on it: the student and the discriminator.
+
+Families differ by `DecoderConfig` alone. A weight's shape, logical axes and initialiser are declared once, in the
+constructors; shardings, checkpoints and Hugging Face names derive from that. The layers' weights are stacked on a leading axis and
+the layers run under `jax.lax.scan`.
+
+Letters: D model width, H head width, K key/value heads, G query heads per key/value head, F feed-forward width,
+V vocabulary. `...` is whatever shape the tokens come in: [M, L] in packed rows, [B, P] in a prefill, [B, N] in a decode step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gadjax.models.attention import Attend, Memory
+from gadjax.types import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The dimensions of a decoder.
+
+    Attributes:
+        vocabulary: rows of the embedding; at least the tokenizer's size.
+        width: D.
+        layers: number of blocks.
+        heads: query heads.
+        kv_heads: key/value heads; divides `heads`.
+        head_width: H.
+        feed_forward: F.
+        rope_theta: base of the rotary frequencies.
+        norm_epsilon: of every RMS norm.
+        tied: the output projection is the embedding.
+        qkv_bias: queries, keys and values have biases (Qwen2).
+        init_std: standard deviation of fresh weights.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    feed_forward: int
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    tied: bool = True
+    qkv_bias: bool = True
+    init_std: float = 0.02
+
+
+def _weight(rngs: nnx.Rngs, std: float, **dims: int) -> nnx.Param:
+    """A float32 normal weight whose dimensions are given as logical name = size."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), tuple(dims.values()), jnp.float32), axes=tuple(dims))
+
+
+def _ones(**dims: int) -> nnx.Param:
+    return nnx.Param(jnp.ones(tuple(dims.values()), jnp.float32), axes=tuple(dims))
+
+
+def _zeros(**dims: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(tuple(dims.values()), jnp.float32), axes=tuple(dims))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return jnp.einsum("...d,d->...d", normed, scale).astype(x.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary embedding, each [..., H/2] float32."""
+    frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angles = positions.astype(jnp.float32)[..., None] * jnp.broadcast_to(frequencies, (*positions.shape, head_width // 2))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding in the half-split layout of Hugging Face. x is [..., heads, H], the angles [..., H/2]."""
+    cos, sin = (angle[..., None, :].astype(x.dtype) for angle in angles)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Block(nnx.Module):
+    """A transformer block. Constructed with all layers' weights stacked; called with those of one layer."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        n, std, c = config.layers, config.init_std, config
+        self.config = config
+        self.attention_norm = _ones(layers=n, norm=c.width)
+        self.query = _weight(rngs, std, layers=n, embed=c.width, heads=c.heads, head=c.head_width)
+        self.key = _weight(rngs, std, layers=n, embed=c.width, kv_heads=c.kv_heads, head=c.head_width)
+        self.value = _weight(rngs, std, layers=n, embed=c.width, kv_heads=c.kv_heads, head=c.head_width)
+        self.output = _weight(rngs, std, layers=n, heads=c.heads, head=c.head_width, embed=c.width)
+        if config.qkv_bias:
+            self.query_bias = _zeros(layers=n, heads=c.heads, head=c.head_width)
+            self.key_bias = _zeros(layers=n, kv_heads=c.kv_heads, head=c.head_width)
+            self.value_bias = _zeros(layers=n, kv_heads=c.kv_heads, head=c.head_width)
+        self.mlp_norm = _ones(layers=n, norm=c.width)
+        self.gate = _weight(rngs, std, layers=n, embed=c.width, mlp=c.feed_forward)
+        self.up = _weight(rngs, std, layers=n, embed=c.width, mlp=c.feed_forward)
+        self.down = _weight(rngs, std, layers=n, mlp=c.feed_forward, embed=c.width)
+
+    def _project(self, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """[..., D] -> [..., heads, H]."""
+        projected = jnp.einsum("...d,dnh->...nh", x, weight[...].astype(x.dtype))
+        return projected if bias is None else projected + _like(bias[...], projected)
+
+    def _attention(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, memory: Memory) -> tuple[jax.Array, Memory]:
+        c, biased = self.config, self.config.qkv_bias
+        query = rotate(self._project(x, self.query, self.query_bias if biased else None), angles)
+        key = rotate(self._project(x, self.key, self.key_bias if biased else None), angles)
+        value = self._project(x, self.value, self.value_bias if biased else None)
+        grouped = query.reshape(*query.shape[:-2], c.kv_heads, c.heads // c.kv_heads, c.head_width)
+        out, memory = attend(grouped, key, value, memory)
+        return jnp.einsum("...nh,nhd->...d", out.reshape(query.shape), self.output[...].astype(x.dtype)), memory
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        gate = jnp.einsum("...d,df->...f", x, self.gate[...].astype(x.dtype))
+        up = jnp.einsum("...d,df->...f", x, self.up[...].astype(x.dtype))
+        return jnp.einsum("...f,fd->...d", jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
+
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, memory: Memory) -> tuple[jax.Array, Memory]:
+        attended, memory = self._attention(rms_norm(x, self.attention_norm[...], self.config.norm_epsilon), angles, attend, memory)
+        x = x + attended
+        return x + self._mlp(rms_norm(x, self.mlp_norm[...], self.config.norm_epsilon)), memory
+
+
+def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A weight without batch dimensions, in the dtype and rank of `x`."""
+    return jnp.broadcast_to(vector.astype(x.dtype), x.shape)
+
+
+class Trunk(nnx.Module):
+    """Embedding, blocks and final norm: tokens to hidden states."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        self.embedding = _weight(rngs, config.init_std, vocabulary=config.vocabulary, embed=config.width)
+        self.blocks = Block(config, rngs)
+        self.norm = _ones(norm=config.width)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend, memory: Memory = None) -> tuple[jax.Array, Memory]:
+        """Runs the trunk.
+
+        Args:
+            tokens: [...] int32.
+            positions: [...] int32 rotary positions.
+            attend: who reads whom.
+            memory: pytree whose leaves lead with the layers, handed to `attend` layer by layer.
+
+        Returns:
+            [..., D] hidden states after the final norm, in the compute dtype, and what every layer remembered, stacked.
+        """
+        x = self.embedding[...][tokens].astype(self.dtype)
+        angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
+        structure, layers = nnx.split(self.blocks)
+
+        def layer(x: jax.Array, weights_and_memory: tuple[Any, Memory]) -> tuple[jax.Array, Memory]:
+            weights, memory = weights_and_memory
+            return nnx.merge(structure, weights)(x, angles, attend, memory)
+
+        x, memory = jax.lax.scan(layer, x, (layers, memory))
+        return rms_norm(x, self.norm[...], self.config.norm_epsilon), memory
+
+
+class LanguageModel(nnx.Module):
+    """The student: a trunk and the projection to the vocabulary."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.trunk = Trunk(config, dtype, rngs)
+        if not config.tied:
+            self.unembedding = _weight(rngs, config.init_std, vocabulary=config.vocabulary, embed=config.width)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] hidden states to [..., V] float32 logits."""
+        weight = self.trunk.embedding if self.trunk.config.tied else self.unembedding
+        return jnp.einsum("...d,vd->...v", hidden, weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+class Discriminator(nnx.Module):
+    """D(x, y) = w · h(x ⊕ y): a trunk and a scalar head without bias, which would cancel (the paper's section 2)."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.trunk = Trunk(config, dtype, rngs)
+        self.head = _weight(rngs, 0.02, norm=config.width)
+
+    def scores(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] hidden states to [...] float32 scores; the score of a response is the one at its last token."""
+        return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), self.head[...])
+
+
+@dataclass(frozen=True)
+class Network:
+    """A pure view of an NNX model: its structure apart from its parameters.
+
+    Attributes:
+        structure: the graph definition.
+        shapes: nested dicts of `jax.ShapeDtypeStruct`, one per parameter.
+        axes: the same nested dicts with each parameter's logical axes.
+        create: makes the model from random streams.
+    """
+
+    structure: Any
+    shapes: Params
+    axes: Params
+    create: Callable[[nnx.Rngs], nnx.Module]
+
+    @classmethod
+    def of(cls, create: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
+        """The network that `create` makes; nothing is computed."""
+        structure, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+        axes = jax.tree.map(lambda v: v.get_metadata()["axes"], state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        return cls(structure, nnx.to_pure_dict(state), nnx.to_pure_dict(axes), create)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters, as nested dicts of arrays."""
+        return nnx.to_pure_dict(nnx.state(self.create(nnx.Rngs(key))))
+
+    def bind(self, params: Params) -> Any:
+        """The model with these parameters, to be called inside a jitted function."""
+        return nnx.merge(self.structure, params)
+
+
+def language_model(config: DecoderConfig, dtype: jnp.dtype) -> Network:
+    """The student's network."""
+    return Network.of(lambda rngs: LanguageModel(config, dtype, rngs))
+
+
+def discriminator(config: DecoderConfig, dtype: jnp.dtype) -> Network:
+    """The discriminator's network."""
+    return Network.of(lambda rngs: Discriminator(config, dtype, rngs))
+
+
+def discriminator_params(network: Network, student: Params, key: jax.Array) -> Params:
+    """A discriminator's first parameters: the student's trunk, copied, and a fresh head w ~ N(0, 0.02²)."""
+    head = 0.02 * jax.random.normal(key, network.shapes["head"].shape, jnp.float32)
+    return {"trunk": jax.tree.map(jnp.copy, student["trunk"]), "head": head}

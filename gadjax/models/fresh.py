@@ -1,0 +1,97 @@
+"""A fresh student for trials: a small random model whose tokenizer knows the teacher's words.
+
+It is written as a Hugging Face folder and goes the way of every other student from there. Its tokenizer is byte-level, so
+it keeps every text exactly, and has one token for each frequent word (with the space before it); what it does not know
+is spelled in bytes.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field, model_validator
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from gadjax.models import qwen2
+from gadjax.models.checkpoint import save
+from gadjax.models.decoder import DecoderConfig, language_model
+from gadjax.section import Section
+
+PAD, END = "<|pad|>", "<|end|>"
+CONTROL = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class FreshConfig(Section):
+    """The dimensions of a fresh student; its weights are drawn with `run.seed`.
+
+    Attributes:
+        width: D.
+        layers: blocks.
+        heads: query heads; divides `width`.
+        kv_heads: key/value heads; divides `heads`.
+        feed_forward: width of the feed-forward layers.
+        words: how many of the most frequent words have a token of their own, beside the 256 bytes.
+    """
+
+    width: int = Field(96, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(2, ge=1)
+    feed_forward: int = Field(256, ge=8)
+    words: int = Field(300, ge=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "FreshConfig":
+        if self.width % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError("`heads` must divide half of `width`, and `kv_heads` must divide `heads`")
+        return self
+
+
+def word_tokenizer(texts: Iterable[str], words: int) -> PreTrainedTokenizerFast:
+    """Bytes, and one token for each of the most frequent words of `texts`; control tokens lie beyond them."""
+    pieces = ByteLevel(add_prefix_space=False)
+    counts = Counter(piece for text in texts for piece, _ in pieces.pre_tokenize_str(text))
+    alphabet = sorted(ByteLevel.alphabet())
+    # Ties in frequency are broken by the word itself, so that the tokenizer depends on the texts alone.
+    frequent = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))[:words]
+    vocabulary = {token: index for index, token in enumerate([*alphabet, *sorted(frequent)])}
+    # Without merges but with `ignore_merges`, a word is either one token of the vocabulary or its bytes.
+    tokenizer = Tokenizer(BPE(vocabulary, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pieces  # type: ignore[assignment]  # the stubs declare both properties read-only
+    tokenizer.decoder = ByteLevelDecoder()  # type: ignore[assignment]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
+    made.chat_template = TEMPLATE
+    return made
+
+
+def write_fresh(folder: Path, config: FreshConfig, texts: Iterable[str], seed: int) -> None:
+    """Writes the student's folder; it is there whole or not at all."""
+    tokenizer = word_tokenizer(texts, config.words)
+    dims = DecoderConfig(
+        vocabulary=len(tokenizer),
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_width=config.width // config.heads,
+        feed_forward=config.feed_forward,
+        init_std=config.width**-0.5 / 2,
+    )
+    files = folder.with_name(folder.name + ".tokenizer")
+    tokenizer.save_pretrained(files)
+    params = language_model(dims, jnp.dtype(jnp.float32)).init(jax.random.key(seed))
+    tokens = {"eos_token_id": tokenizer.convert_tokens_to_ids(END), "pad_token_id": tokenizer.convert_tokens_to_ids(PAD)}
+    save(folder, qwen2.FAMILY, dims, params, tokens, files)
+    shutil.rmtree(files)

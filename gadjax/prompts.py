@@ -1,0 +1,98 @@
+"""Prompts: the config section `prompts`, the files they are read from, and the checks that every conversation passes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from pydantic import Field
+
+from gadjax.errors import UserError
+from gadjax.records import Message, Prompt
+from gadjax.rows import read_rows
+from gadjax.section import Section
+
+ROLES = ("system", "user", "assistant")
+
+
+class PromptsConfig(Section):
+    """What the teacher is asked.
+
+    Attributes:
+        train: a .jsonl file (.gz, .zst and .parquet are read too) with rows {"prompt": text} or {"messages": [...]} and an
+            optional "id", or `tutor:6000` for 6000 prompts that the tutor makes. Null with `teacher.backend: file`: that file's.
+        validation: the same; null holds a share of the training prompts out.
+        validation_share: that share.
+    """
+
+    train: str | None = None
+    validation: str | None = None
+    validation_share: float = Field(0.05, gt=0, lt=1)
+
+
+def read_prompts(path: str, where: str) -> list[Prompt]:
+    """The prompts of a file, in its order.
+
+    Raises:
+        UserError: a row is broken, holds no prompt, or has an id that another has; names the line.
+    """
+    return distinct((place, prompt_of(row, place)) for place, row in read_rows(path, where))
+
+
+def distinct(prompts: Iterable[tuple[str, Prompt]]) -> list[Prompt]:
+    """The prompts, once it is known that no two have the same id; each comes with its place for the error."""
+    places, found = dict[str, str](), list[Prompt]()
+    for place, prompt in prompts:
+        if prompt.id in places:
+            raise UserError(place, f"its id or text is that of {places[prompt.id]}", "remove one of the two or give them ids")
+        places[prompt.id] = place
+        found.append(prompt)
+    return found
+
+
+def prompt_of(row: Mapping[str, object], place: str) -> Prompt:
+    """The prompt of a row {"prompt": text} or {"messages": [...]} with an optional "id"."""
+    content = row.get("messages") or row.get("prompt")
+    if content is None:
+        raise UserError(place, "has neither `prompt` nor `messages`", 'write {"prompt": "..."}')
+    return make_prompt(content, row.get("id"), place)
+
+
+def make_prompt(content: object, id: object, place: str) -> Prompt:
+    """The prompt of a text or a list of messages, checked."""
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    return Prompt.of(checked_messages(messages, place), checked_text(str(id), place) if id is not None else None)
+
+
+def checked_messages(messages: object, where: str) -> list[Message]:
+    """The conversation as plain role and content pairs, ready to be rendered or sent.
+
+    Args:
+        messages: what a file, a request or a caller gave; keys other than role and content are dropped.
+        where: names the place in the error.
+
+    Raises:
+        UserError: it is not a list of messages, a role is unknown, text is not valid Unicode, or it does not end with a user's text.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError(where, "`messages` is not a list of messages", 'write [{"role": "user", "content": "..."}]')
+    turns = [_checked_message(message, where) for message in messages]
+    if turns[-1]["role"] != "user":
+        raise UserError(where, f"the last message is the {turns[-1]['role']}'s", "end the messages with the user's turn")
+    if not turns[-1]["content"].strip():
+        raise UserError(where, "the prompt is empty", "give the last user message a text or leave the prompt out")
+    return turns
+
+
+def _checked_message(message: object, where: str) -> Message:
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        raise UserError(where, f"a message has no role out of {', '.join(ROLES)}", "give every message one of these roles")
+    return {"role": message["role"], "content": checked_text(message.get("content"), where)}
+
+
+def checked_text(text: object, where: str) -> str:
+    """The text itself, once it is known to be a string that UTF-8 can write (no lone surrogates)."""
+    if not isinstance(text, str):
+        raise UserError(where, "a text is not a string", "write it as a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(where, f"the text is not valid Unicode ({error.reason})", "remove the broken characters") from error
+    return text

@@ -1,0 +1,168 @@
+"""Line and bar charts as inline SVG: axes, grid, legend; colours come from the page's style sheet (classes k0, k1, ...)."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 480, 230
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 34  # room around the plot for its axes
+POINTS = 300  # more than a chart can show: longer series are drawn as means of equal pieces
+SMOOTHED = 60  # from so many points on, a running mean is drawn over the line, which is faint
+DOTTED = 20  # up to so many points have a dot each
+COLOURS = 8  # of the style sheet: the classes k0 to k7
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. `y` may hold NaN, where the line is broken; `colour` is an index of the style sheet's colours."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with what the page sets around it."""
+
+    title: str
+    unit: str
+    svg: Markup
+    legend: tuple[tuple[str, int, str], ...]  # label, colour, last value
+
+
+def line_chart(title: str, unit: str, series: Sequence[Series], from_zero: bool = False) -> Chart:
+    """Lines over the step. The y axis spans the finite values, and 0 where `from_zero`."""
+    drawn = [_thinned(line) for line in series]
+    xs = [x for line in drawn for x in line.x]
+    ys = [y for line in drawn for y in line.y if math.isfinite(y)]
+    x_axis = _Axis.over(xs or [0], LEFT, WIDTH - RIGHT, padded=False)
+    y_axis = _Axis.over((ys or [0]) + [0] * from_zero, HEIGHT - BOTTOM, TOP, padded=True)
+    parts = [_grid(x_axis, y_axis), *(_line(line, x_axis, y_axis) for line in drawn)]
+    parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="end">step</text>').format(WIDTH - RIGHT, HEIGHT - 4))
+    legend = tuple((line.label, line.colour % COLOURS, _last(line.y)) for line in series)
+    return Chart(title, unit, _svg(f"{title} ({unit})", parts), legend)
+
+
+def bar_chart(title: str, unit: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], colours: Mapping[str, int]) -> Chart:
+    """Bars side by side: per group one bar of every series. The y axis starts at 0."""
+    width = 2 * WIDTH
+    y_axis = _Axis.over([0, *(value for values in series.values() for value in values)], HEIGHT - BOTTOM, TOP, padded=False)
+    band = (width - LEFT - RIGHT) / len(groups)
+    bar = 0.8 * band / len(series)
+    name = Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
+    rect = Markup('<rect class="k{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}, {}: {}</title></rect>')
+    parts = [_rules(y_axis, width)]
+    for g, group in enumerate(groups):
+        start = LEFT + (g + 0.1) * band
+        parts.append(name.format(start + 0.4 * band, HEIGHT - BOTTOM + 15, group))
+        for s, (label, values) in enumerate(series.items()):
+            top = y_axis.at(values[g])
+            text = (label, group, number(values[g]))
+            parts.append(rect.format(colours[label] % COLOURS, start + s * bar, top, 0.92 * bar, HEIGHT - BOTTOM - top, *text))
+    return Chart(title, unit, _svg(f"{title} ({unit})", parts, width), tuple((label, colours[label] % COLOURS, "") for label in series))
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Values low..high on the pixels start..end, with round ticks."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @classmethod
+    def over(cls, values: Iterable[float], start: float, end: float, padded: bool) -> "_Axis":
+        found = list(values)
+        low, high = min(found), max(found)
+        if low == high:
+            low, high = low - (abs(low) or 1) * 0.5 * padded, high + (abs(high) or 1) * 0.5
+        room = (high - low) * 0.05 * padded
+        return cls(low if low == 0 else low - room, high if high == 0 else high + room, start, end)
+
+    def at(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self, about: int) -> list[float]:
+        rough = (self.high - self.low) / about
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """A number as an axis or a legend shows it."""
+    if abs(value) >= 10_000:
+        return f"{value / 1000:.4g}k"
+    return f"{value:.4g}"
+
+
+def _svg(label: str, parts: Sequence[Markup], width: int = WIDTH) -> Markup:
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, HEIGHT, label)
+    return head + Markup("").join(parts) + Markup("</svg>")
+
+
+def _grid(x_axis: _Axis, y_axis: _Axis) -> Markup:
+    ticks = [x for x in x_axis.ticks(6) if x == int(x)]
+    text = Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
+    return _rules(y_axis, WIDTH) + Markup("").join(text.format(x_axis.at(x), HEIGHT - BOTTOM + 15, number(x)) for x in ticks)
+
+
+def _rules(y_axis: _Axis, width: int) -> Markup:
+    rule = Markup('<line class="{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
+    text = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>')
+    lines = [rule.format("rule", LEFT, width - RIGHT, y_axis.at(y), y_axis.at(y)) for y in y_axis.ticks(4)]
+    lines += [text.format(LEFT - 6, y_axis.at(y) + 4, number(y)) for y in y_axis.ticks(4)]
+    return Markup("").join(lines) + rule.format("axis", LEFT, width - RIGHT, HEIGHT - BOTTOM, HEIGHT - BOTTOM)
+
+
+def _line(line: Series, x_axis: _Axis, y_axis: _Axis) -> Markup:
+    """The line, with dots where it is short; a long one is faint under its running mean."""
+    colour = line.colour % COLOURS
+    path = Markup('<path class="line k{} {}" d="{}"><title>{}</title></path>')
+    long = len(line.x) >= SMOOTHED
+    drawing = path.format(colour, "faint" if long else "", _path(line.x, line.y, x_axis, y_axis), line.label)
+    if long:
+        drawing += path.format(colour, "", _path(line.x, _running_mean(line.y), x_axis, y_axis), line.label)
+    if len(line.x) <= DOTTED:
+        dot = Markup('<circle class="k{}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>')
+        points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+        drawing += Markup("").join(dot.format(colour, x_axis.at(x), y_axis.at(y)) for x, y in points)
+    return drawing
+
+
+def _path(xs: Sequence[float], ys: Sequence[float], x_axis: _Axis, y_axis: _Axis) -> str:
+    commands, pen = [], "M"
+    for x, y in zip(xs, ys, strict=True):
+        if math.isfinite(y):
+            commands.append(f"{pen}{x_axis.at(x):.1f} {y_axis.at(y):.1f}")
+        pen = "L" if math.isfinite(y) else "M"
+    return "".join(commands)
+
+
+def _thinned(line: Series) -> Series:
+    size = math.ceil(len(line.x) / POINTS)
+    if size <= 1:
+        return line
+    pieces = range(0, len(line.x), size)
+    return Series(line.label, [_mean(line.x[i : i + size]) for i in pieces], [_mean(line.y[i : i + size]) for i in pieces], line.colour)
+
+
+def _running_mean(ys: Sequence[float]) -> list[float]:
+    half = max(len(ys) // 40, 2)
+    return [_mean(ys[max(i - half, 0) : i + half + 1]) for i in range(len(ys))]
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _last(values: Sequence[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    return number(finite[-1]) if finite else "no finite value"

@@ -1,0 +1,106 @@
+"""`report/index.html`: one self-contained page about a run, made from the files in its folder. It loads nothing and runs no script."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from gadjax.errors import UserError
+from gadjax.files import replace_file
+from gadjax.metrics import read
+from gadjax.report.answers import Answers, examples, read_answers, styles
+from gadjax.report.charts import COLOURS
+from gadjax.report.curves import MEANINGS, stage_charts, validation_charts
+
+HERE = Path(__file__).parent
+TEMPLATES = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def write_report(run: Path, stages: Sequence[str]) -> Path:
+    """Writes the page from what is there: a run that is under way has a report too.
+
+    Reads `summary.json`, `stages/<name>/metrics.jsonl` and `evaluation/<name>.jsonl`. All text in them, answers above all,
+    is escaped: it cannot become markup.
+
+    Args:
+        run: the run's folder; its name is the page's title.
+        stages: names of the stages in the order in which they are shown, `student` included where it was evaluated.
+
+    Returns:
+        the page's path.
+
+    Raises:
+        UserError: there is no such run, or a file in it is broken.
+    """
+    if not run.is_dir():
+        raise UserError(str(run), "there is no such run", "run `gadjax run CONFIG` first")
+    colours = {"teacher": 0} | {stage: 1 + i % (COLOURS - 1) for i, stage in enumerate(stages)}
+    rows = {stage: found for stage in stages if (found := read(run / "stages" / stage / "metrics.jsonl"))}
+    answers = read_answers(run / "evaluation", stages)
+    summary = _summary(run / "summary.json")
+    training = [{"name": stage, "steps": int(found[-1]["step"]), "charts": stage_charts(found)} for stage, found in rows.items()]
+    page = TEMPLATES.get_template("page.html").render(
+        name=run.resolve().name,
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        facts=_facts(summary, list(rows)),
+        table=_table(summary) if summary else None,
+        styles=styles(answers, colours),
+        examples=examples(answers, colours),
+        prompts=_prompts(answers),
+        validation=validation_charts(rows, colours),
+        training=[stage for stage in training if stage["charts"]],
+    )
+    path = run / "report" / "index.html"
+    replace_file(path, page)
+    return path
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(str(path), "is not JSON", "delete it and run `gadjax evaluate`") from None
+
+
+def _prompts(answers: Answers) -> int:
+    return max((len(rows) for rows in answers.values()), default=0)
+
+
+def _facts(summary: Mapping[str, Any] | None, trained: Sequence[str]) -> list[str]:
+    facts = [f"stages trained: {', '.join(trained)}"] if trained else []
+    if summary:
+        facts.append(f"{summary['prompts']} validation prompts")
+        facts.append(f"{_duration(summary['seconds'])} in all")
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60:.0f} s"
+
+
+def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
+    stages = summary["stages"]
+    names = dict.fromkeys(name for metrics in stages.values() for name in metrics)
+    ordered = [name for name in MEANINGS if name in names] + [name for name in names if name not in MEANINGS]
+    rows = [{"name": name, "meaning": MEANINGS.get(name, "")} | {"cells": [_cell(summary, stage, name) for stage in stages]} for name in ordered]
+    return {"stages": list(stages), "baseline": summary["baseline"], "rows": rows}
+
+
+def _cell(summary: Mapping[str, Any], stage: str, name: str) -> dict[str, Any]:
+    value = summary["stages"][stage].get(name)
+    low, high = summary["intervals"].get(stage, {}).get(name, (None, None))
+    half = "" if low is None or high is None else f"{(high - low) / 2:.2g}"
+    return {"value": "–" if value is None else f"{value:.4g}", "half": half} | _difference(summary["differences"].get(stage, {}).get(name))
+
+
+def _difference(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not found or found["low"] is None:
+        return {"difference": "", "sure": False}
+    text = f"{found['mean']:+.3g} ({found['low']:+.3g} to {found['high']:+.3g})"
+    return {"difference": text, "sure": found["low"] > 0 or found["high"] < 0}

@@ -1,0 +1,42 @@
+"""The next token: temperature, and a random stream that depends on (seed, step, group, sample, position) alone.
+
+Letters: B groups, N responses per group, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def stream_keys(key: jax.Array, groups: int, samples: int) -> jax.Array:
+    """A key for every sample of a step, [B, N], from the step's key by group and sample."""
+    group_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(groups))
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(group_keys, jnp.arange(samples))
+
+
+def sample(logits_BNV: jax.Array, keys_BN: jax.Array, position: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """Draws one token for every response.
+
+    The draw is by inverse distribution: one uniform number against the cumulated probabilities, which costs a pass over the
+    vocabulary where Gumbel noise costs a random number for every entry of it.
+
+    Args:
+        logits_BNV: float32.
+        keys_BN: the samples' keys.
+        position: index of the token in its response.
+        temperature: T; 0 takes the likeliest token.
+
+    Returns:
+        [B, N] int32 tokens, and [B, N] float32 log softmax(logits / T) of them (at T = 1 for greedy decoding).
+    """
+    if temperature == 0:
+        token = jnp.argmax(logits_BNV, axis=-1).astype(jnp.int32)
+        scaled = logits_BNV
+    else:
+        scaled = logits_BNV / temperature
+        cumulated = jnp.cumsum(jax.nn.softmax(scaled, axis=-1), axis=-1)
+        draw_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BN, position)
+        uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key)))(draw_keys)
+        below = cumulated <= (uniform * cumulated[..., -1])[..., None]
+        token = jnp.minimum(jnp.sum(below, axis=-1, dtype=jnp.int32), logits_BNV.shape[-1] - 1)  # a product may round up to the total
+    logps = jax.nn.log_softmax(scaled, axis=-1)
+    return token, jnp.take_along_axis(logps, token[..., None], axis=-1).squeeze(-1)

@@ -1,0 +1,109 @@
+"""What training, evaluation and export need of a run whose data is ready: text, data, models and where stages come from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gadjax.algorithms.stage import SamplingStageConfig
+from gadjax.checkpointing import Checkpoints
+from gadjax.config import UNTOUCHED
+from gadjax.data.pipeline import steps
+from gadjax.data.snapshot import Snapshot
+from gadjax.errors import UserError
+from gadjax.models.checkpoint import load, read_config
+from gadjax.models.decoder import DecoderConfig, discriminator_params
+from gadjax.models.hugging_face import Family
+from gadjax.runs import Run
+from gadjax.steps import Models
+from gadjax.text import Text
+from gadjax.types import Params, Role, TrainState
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run with its models on the devices' mesh.
+
+    Attributes:
+        run: config and folder.
+        folder: the student's Hugging Face folder.
+        text: its tokenizer.
+        snapshot: the frozen data.
+        family: the student's model family.
+        dims: its dimensions.
+        models: the networks.
+    """
+
+    run: Run
+    folder: Path
+    text: Text
+    snapshot: Snapshot
+    family: Family
+    dims: DecoderConfig
+    models: Models
+
+    @classmethod
+    def open(cls, run: Run, folder: Path) -> "Session":
+        """Opens a run whose data is frozen; `folder` is the student's."""
+        text = Text.load(str(folder))
+        family, dims = read_config(folder)
+        if dims.vocabulary < text.vocabulary_size:
+            raise UserError(str(folder), f"embeds {dims.vocabulary} tokens, its tokenizer has {text.vocabulary_size}", "use the model's own tokenizer")
+        return cls(run, folder, text, Snapshot.open(run.data), family, dims, Models.of(run.config, dims))
+
+    @property
+    def key(self) -> jax.Array:
+        """The run's random key, on every device."""
+        return jax.random.key(self.run.config.run.seed)
+
+    def untouched(self) -> Params:
+        """The student's parameters as they came."""
+        shardings = self.models.params_shardings(self.models.student)
+        placed = {id(leaf): sharding for leaf, sharding in zip(jax.tree.leaves(self.models.student.shapes), jax.tree.leaves(shardings), strict=True)}
+
+        def place(array: np.ndarray, leaf: object) -> jax.Array:
+            return jax.device_put(array, placed[id(leaf)])
+
+        return load(self.folder, self.family, self.models.student.shapes, place)
+
+    def total_steps(self, name: str) -> int:
+        """The steps of a stage."""
+        stage = self.run.config.stages[name]
+        wanted = steps(len(self.snapshot.train), stage.batch_groups, stage.epochs)
+        return min(wanted, stage.max_steps or wanted)
+
+    def final_role(self, name: str, role: str) -> Role:
+        """`student` or `discriminator` of a finished stage.
+
+        Raises:
+            UserError: the stage is not finished.
+        """
+        network = self.models.student if role == "student" else self.models.discriminator
+        folder = self.run.checkpoints(name)
+        if folder.is_dir():
+            with Checkpoints(folder, read_only=True) as checkpoints:
+                if checkpoints.latest == self.total_steps(name):
+                    return checkpoints.restore_role(self.total_steps(name), role, self.models.abstract_role(network))
+        raise UserError(f"stages.{name}", "is not trained yet", "run `gadjax train` with this config first")
+
+    def student_params(self, name: str) -> Params:
+        """The student's parameters after stage `name`; `student` is the untouched one."""
+        return self.untouched() if name == UNTOUCHED else self.final_role(name, "student").params
+
+    def first_state(self, name: str) -> TrainState:
+        """The state in which stage `name` starts. Optimizers go on where the earlier stage left them."""
+        stage, models = self.run.config.stages[name], self.models
+        if stage.from_ == UNTOUCHED:
+            student = models.fresh_role(models.student, self.untouched())
+        else:
+            student = self.final_role(stage.from_, "student")
+        if not isinstance(stage, SamplingStageConfig):
+            return TrainState(student, None)
+        origin = stage.discriminator.from_ or stage.from_
+        if origin != UNTOUCHED and isinstance(self.run.config.stages[origin], SamplingStageConfig):
+            return TrainState(student, self.final_role(origin, "discriminator"))
+        head_key = jax.random.fold_in(self.key, 1)
+        params = discriminator_params(models.discriminator, jax.tree.map(jnp.copy, student.params), head_key)
+        return TrainState(student, models.fresh_role(models.discriminator, params))

@@ -1,0 +1,216 @@
+"""From a config to what runs on the devices: networks, shardings, row shapes and the jitted steps of a stage.
+
+`gadjax.train` runs them; nothing here holds data or parameters.
+
+Letters: B groups, J = 1 + N responses with the teacher's first, P prompt tokens, R response tokens, L tokens of a row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from gadjax.algorithms import gad, seqkd
+from gadjax.algorithms.registry import ALGORITHMS
+from gadjax.algorithms.stage import Algorithm, SamplingStageConfig, StageConfig
+from gadjax.config import Config, DataConfig
+from gadjax.data.packing import RowShape
+from gadjax.models.decoder import DecoderConfig, Network, discriminator, language_model
+from gadjax.optimizer import make_optimizer
+from gadjax.rollout.engine import SamplingPlan, make_generate
+from gadjax.sharding import make_mesh, named_sharding, replicated, row_multiple
+from gadjax.types import Cells, PackedRows, Params, Role, Rollout, TrainState
+
+ROW_MULTIPLE = 8  # rows are a multiple of this long
+
+
+def row_shape(data: DataConfig, mesh: Mesh, groups: int, responses: int) -> RowShape:
+    """The rows for any batch of `groups` groups of `responses` responses."""
+    largest = data.max_prompt_tokens + responses * data.max_response_tokens
+    length = data.row_tokens or -(-largest // ROW_MULTIPLE) * ROW_MULTIPLE
+    multiple = row_multiple(mesh)
+    rows = -(-(data.rows or 1) // multiple) * multiple
+    return RowShape.holding(
+        groups, responses, prompt_tokens=data.max_prompt_tokens, response_tokens=data.max_response_tokens, rows=rows, length=length
+    )
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two networks of a run on its mesh.
+
+    Attributes:
+        mesh: the devices.
+        student: the student's network.
+        discriminator: the discriminator's.
+        optimizer: structure of both optimizers' states, which does not depend on the learning rate.
+    """
+
+    mesh: Mesh
+    student: Network
+    discriminator: Network
+    optimizer: optax.GradientTransformation
+
+    @classmethod
+    def of(cls, config: Config, dims: DecoderConfig) -> "Models":
+        """The models of a config for a student of these dimensions."""
+        dtype = jnp.dtype(config.student.compute_dtype)
+        optimizer = make_optimizer(config.optimizer, 1.0)
+        return cls(make_mesh(config.mesh), language_model(dims, dtype), discriminator(dims, dtype), optimizer)
+
+    def params_shardings(self, network: Network) -> Params:
+        """Where each parameter lives."""
+        return jax.tree.map(
+            lambda leaf, axes: named_sharding(axes, leaf.shape, self.mesh), network.shapes, network.axes, is_leaf=lambda leaf: leaf is None
+        )
+
+    def abstract_role(self, network: Network) -> Role:
+        """Shapes and shardings of a role: moments lie where their parameters do."""
+        shardings = self.params_shardings(network)
+        state = jax.eval_shape(self.optimizer.init, network.shapes)
+
+        def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        moments = optax.tree_utils.tree_map_params(
+            self.optimizer, placed, state, shardings, transform_non_params=lambda leaf: placed(leaf, replicated(self.mesh))
+        )
+        return Role(jax.tree.map(placed, network.shapes, shardings), moments)
+
+    def abstract_state(self, with_discriminator: bool) -> TrainState:
+        """Shapes and shardings of the whole training state."""
+        return TrainState(self.abstract_role(self.student), self.abstract_role(self.discriminator) if with_discriminator else None)
+
+    def place(self, array: np.ndarray, *names: str | None) -> jax.Array:
+        """A host array onto the devices by its logical names."""
+        return jax.device_put(array, named_sharding(names, array.shape, self.mesh))
+
+    def place_params(self, network: Network, params: Params) -> Params:
+        """Host or device parameters onto the devices."""
+        return jax.tree.map(jax.device_put, params, self.params_shardings(network))
+
+    def place_rows(self, rows: PackedRows) -> PackedRows:
+        """Packed rows onto the devices."""
+        cells = Cells(*(self.place(np.asarray(cell), None, "rows", None) for cell in rows.cells))
+        whole = {name: jax.device_put(getattr(rows, name), replicated(self.mesh)) for name in PackedRows._fields if name != "cells"}
+        return PackedRows(cells=cells, **whole)
+
+    def fresh_role(self, network: Network, params: Params) -> Role:
+        """A role with an optimizer that has seen nothing; the parameters are copied, for steps donate what they are given."""
+        shardings = shardings_of(self.abstract_role(network))
+        make = jax.jit(lambda params: Role(jax.tree.map(jnp.copy, params), self.optimizer.init(params)), out_shardings=shardings)
+        return make(params)
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The shardings in a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled side of one stage. Every program compiles when first called.
+
+    Attributes:
+        models: the networks.
+        algorithm: the steps as pure functions.
+        stage: the stage's config.
+        data: lengths and rows.
+        end_of_turn: the id that ends a response.
+    """
+
+    models: Models
+    algorithm: Algorithm
+    stage: StageConfig
+    data: DataConfig
+    end_of_turn: int
+
+    @classmethod
+    def of(cls, config: Config, name: str, models: Models, end_of_turn: int) -> "Programs":
+        """The programs of stage `name`."""
+        stage = config.stages[name]
+        algorithm = ALGORITHMS[stage.algorithm].build(stage, config.optimizer, models.student, models.discriminator)
+        return cls(models, algorithm, stage, config.data, end_of_turn)
+
+    @property
+    def samples(self) -> int:
+        """N; 0 in a stage that samples nothing."""
+        return self.stage.group_size if isinstance(self.stage, SamplingStageConfig) else 0
+
+    def rows(self, responses: int, groups: int | None = None) -> RowShape:
+        """The row shape for batches with this many responses per group."""
+        return row_shape(self.data, self.models.mesh, groups or self.stage.batch_groups, responses)
+
+    @cached_property
+    def student_step(self) -> Callable[..., Any]:
+        role = shardings_of(self.models.abstract_role(self.models.student))
+        return jax.jit(self.algorithm.student, donate_argnums=0, out_shardings=(role, replicated(self.models.mesh)))
+
+    @cached_property
+    def discriminator_step(self) -> Callable[..., Any]:
+        assert self.algorithm.discriminator is not None
+        everywhere = replicated(self.models.mesh)
+        role = shardings_of(self.models.abstract_role(self.models.discriminator))
+        return jax.jit(self.algorithm.discriminator, donate_argnums=0, out_shardings=(role, everywhere, everywhere))
+
+    @cached_property
+    def score(self) -> Callable[[Params, PackedRows], jax.Array]:
+        return jax.jit(gad.make_score(self.models.discriminator), out_shardings=replicated(self.models.mesh))
+
+    @cached_property
+    def teacher_loss(self) -> Callable[[Params, PackedRows], jax.Array]:
+        return jax.jit(seqkd.make_loss(self.models.student), out_shardings=replicated(self.models.mesh))
+
+    @cached_property
+    def sampler(self) -> "Sampler":
+        assert isinstance(self.stage, SamplingStageConfig)
+        return Sampler(self.models, self.data, self.stage.group_size, self.stage.temperature, self.end_of_turn)
+
+
+class Sampler:
+    """Responses to prompts under one sampling plan; for batches of any number of groups."""
+
+    def __init__(self, models: Models, data: DataConfig, samples: int, temperature: float, end_of_turn: int):
+        plan = SamplingPlan(samples=samples, response_tokens=data.max_response_tokens, temperature=temperature, end_of_turn=end_of_turn)
+        self._models, self._prompt_tokens = models, data.max_prompt_tokens
+        generate = make_generate(models.student, plan)
+
+        def run(params: Params, prompts: jax.Array, lengths: jax.Array, key: jax.Array, step: jax.Array) -> Rollout:
+            return generate(params, prompts, lengths, jax.random.fold_in(key, step))
+
+        self._run = jax.jit(run, out_shardings=replicated(models.mesh))
+
+    def __call__(self, params: Params, prompts: Sequence[Sequence[int]], key: jax.Array, step: int) -> Rollout:
+        """Samples for B prompts. The streams depend on (key, step, group, sample, position).
+
+        Returns:
+            a Rollout of NumPy arrays.
+        """
+        count = len(prompts)
+        multiple = row_multiple(self._models.mesh)
+        padded = -(-count // multiple) * multiple
+        ids = np.zeros((padded, self._prompt_tokens), np.int32)
+        lengths = np.ones(padded, np.int32)
+        for index, prompt in enumerate(prompts):
+            ids[index, : len(prompt)] = prompt
+            lengths[index] = len(prompt)
+        place = partial(self._models.place)
+        step_array = jax.device_put(np.int32(step), replicated(self._models.mesh))
+        rollout = self._run(params, place(ids, "groups", None), place(lengths, "groups"), key, step_array)
+        return Rollout(*(np.asarray(jax.device_get(array))[:count] for array in rollout))
+
+
+def responses_of(rollout: Rollout) -> tuple[list[list[tuple[int, ...]]], list[list[list[float]]]]:
+    """The sampled ids and log-probabilities of each group's responses, without padding."""
+    ids: list[list[tuple[int, ...]]] = []
+    logps: list[list[list[float]]] = []
+    for tokens_NR, logps_NR, lengths_N in zip(rollout.tokens_BNR, rollout.logps_BNR, rollout.lengths_BN, strict=True):
+        ids.append([tuple(tokens[:length].tolist()) for tokens, length in zip(tokens_NR, lengths_N, strict=True)])
+        logps.append([values[:length].tolist() for values, length in zip(logps_NR, lengths_N, strict=True)])
+    return ids, logps

@@ -1,0 +1,236 @@
+"""The teacher's answers, kept in SQLite: a row is one answer that is wanted, from its request to its text.
+
+    pending --lease--> leased --record--> ok | refused | failed
+       ^                  |                            |
+       +- expiry, release-+                            +-- add (a later run tries again) --> pending
+
+A row that is `ok` or `refused` stays what it is. Every method is one transaction that is on the disk when the method
+returns (write-ahead log, `synchronous=FULL`): a process may be killed at any point, and several may collect at once.
+"""
+
+import hashlib
+import json
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+from gadjax.errors import UserError
+from gadjax.records import Message
+
+VERSION = 1
+BUSY_SECONDS = 60.0  # how long a writer waits for another process's transaction
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted of a teacher.
+
+    Attributes:
+        provider: who answers; never holds a key or a port.
+        model: the model's name there.
+        messages: the conversation.
+        parameters: every sampling parameter (`temperature`, `max_tokens`, ...).
+        sample: 0 for the first answer to the messages, 1 for the second, ...
+    """
+
+    provider: str
+    model: str
+    messages: tuple[Message, ...]
+    parameters: Mapping[str, float | int]
+    sample: int = 0
+
+    @cached_property
+    def json(self) -> str:
+        """The request as canonical JSON: equal requests have equal texts."""
+        content = {**{field.name: getattr(self, field.name) for field in fields(self)}, "version": VERSION}
+        return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+    @cached_property
+    def key(self) -> str:
+        """The SHA-256 of the canonical JSON: the row's primary key."""
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request.
+
+    Attributes:
+        state: `ok`, `refused` (the teacher would not answer, which is data too) or `failed` (there was no usable reply).
+        text: the answer, or the words of the refusal.
+        finish_reason: as replied; `length` marks an answer that the length limit cut off.
+        prompt_tokens, completion_tokens: as replied.
+        cost: US dollars.
+        model: the model's name as replied.
+        error: why it failed or was refused.
+    """
+
+    state: Literal["ok", "refused", "failed"]
+    text: str = ""
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    model: str = ""
+    error: str = ""
+
+
+COLUMNS = tuple(field.name for field in fields(Outcome))
+SCHEMA = """
+    CREATE TABLE IF NOT EXISTS answers (
+        key TEXT PRIMARY KEY,
+        request TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('pending', 'leased', 'ok', 'refused', 'failed')),
+        text TEXT NOT NULL DEFAULT '',
+        finish_reason TEXT NOT NULL DEFAULT '',
+        prompt_tokens INTEGER NOT NULL DEFAULT 0,
+        completion_tokens INTEGER NOT NULL DEFAULT 0,
+        cost REAL NOT NULL DEFAULT 0,
+        model TEXT NOT NULL DEFAULT '',
+        error TEXT NOT NULL DEFAULT '',
+        owner TEXT,
+        leased_until REAL,
+        created REAL NOT NULL,
+        updated REAL NOT NULL
+    ) STRICT
+"""
+
+
+class TeacherCache:
+    """The cache file, opened for reading and collecting. For one thread at a time.
+
+    Args:
+        path: the SQLite file; made where there is none.
+        lease_seconds: a lease that its owner does not renew for so long may be taken by others.
+
+    Raises:
+        UserError: the file is no cache of this version, or its file system cannot hold one.
+    """
+
+    def __init__(self, path: Path | str, lease_seconds: float = 30.0):
+        self.path, self.lease_seconds = Path(path), lease_seconds
+        self._owner = uuid.uuid4().hex
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            raise UserError(str(path), f"cannot be opened as a cache ({error})", "move the file away or name another folder") from error
+
+    def _prepare(self) -> None:
+        mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            raise UserError(str(self.path), "its file system allows no write-ahead log", "put the run's folder on a local disk")
+        self._db.execute("PRAGMA synchronous = FULL")
+        with self._transaction():
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, VERSION):
+                raise UserError(str(self.path), f"is a cache of version {version}, not {VERSION}", "use the gadjax that made it")
+            self._db.execute(SCHEMA)
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; leases that are still held run out by themselves."""
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Makes a pending row of every request that has no answer yet, those that failed before among them."""
+        now = time.time()
+        rows = ((request.key, request.json, now, now) for request in requests)
+        statement = """
+            INSERT INTO answers (key, request, state, created, updated) VALUES (?, ?, 'pending', ?, ?)
+            ON CONFLICT (key) DO UPDATE SET state = 'pending', updated = excluded.updated WHERE state = 'failed'
+        """
+        with self._transaction():
+            self._db.executemany(statement, rows)
+
+    def lease(self, keys: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Takes the rows of `keys` that are pending, or whose lease has run out.
+
+        Returns:
+            The keys that are now ours to ask for, and those that somebody else holds.
+        """
+        now, wanted = time.time(), json.dumps(list(keys))
+        take = """
+            UPDATE answers SET state = 'leased', owner = ?, leased_until = ?, updated = ?
+            WHERE key IN (SELECT value FROM json_each(?)) AND (state = 'pending' OR (state = 'leased' AND leased_until < ?))
+            RETURNING key
+        """
+        look = "SELECT key FROM answers WHERE key IN (SELECT value FROM json_each(?)) AND state = 'leased' AND owner != ?"
+        with self._transaction():
+            taken = {key for (key,) in self._db.execute(take, (self._owner, now + self.lease_seconds, now, wanted, now))}
+            held = {key for (key,) in self._db.execute(look, (wanted, self._owner))}
+        return taken, held
+
+    def renew(self) -> None:
+        """Holds on to what is leased for another `lease_seconds`."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE answers SET leased_until = ? WHERE state = 'leased' AND owner = ?", (time.time() + self.lease_seconds, self._owner)
+            )
+
+    def release(self) -> None:
+        """Gives back what is leased and has no outcome."""
+        with self._transaction():
+            self._db.execute("UPDATE answers SET state = 'pending' WHERE state = 'leased' AND owner = ?", (self._owner,))
+
+    def record(self, outcomes: Iterable[tuple[Request, Outcome]], replace: bool = False) -> None:
+        """Keeps outcomes. A row that is `ok` or `refused` already keeps what it has, unless `replace` is set."""
+        now = time.time()
+        rows = [(request.key, request.json, now, now, *astuple(outcome)) for request, outcome in outcomes]
+        places = ", ".join("?" * (4 + len(COLUMNS)))
+        news = ", ".join(f"{name} = excluded.{name}" for name in ("updated", *COLUMNS))
+        guard = "" if replace else "WHERE state NOT IN ('ok', 'refused')"
+        statement = f"""
+            INSERT INTO answers (key, request, created, updated, {", ".join(COLUMNS)}) VALUES ({places})
+            ON CONFLICT (key) DO UPDATE SET {news}, owner = NULL, leased_until = NULL {guard}
+        """
+        with self._transaction():
+            self._db.executemany(statement, rows)
+
+    def outcomes(self, keys: Iterable[str]) -> dict[str, Outcome]:
+        """The outcomes of those keys that have one."""
+        statement = f"""
+            SELECT key, {", ".join(COLUMNS)} FROM answers
+            WHERE key IN (SELECT value FROM json_each(?)) AND state IN ('ok', 'refused', 'failed')
+        """
+        return {key: Outcome(*values) for key, *values in self._db.execute(statement, (json.dumps(list(keys)),))}
+
+    def answered(self, keys: Iterable[str]) -> set[str]:
+        """Those of `keys` that have an answer or a refusal."""
+        statement = "SELECT key FROM answers WHERE key IN (SELECT value FROM json_each(?)) AND state IN ('ok', 'refused')"
+        return {key for (key,) in self._db.execute(statement, (json.dumps(list(keys)),))}
+
+    def tally(self, keys: Iterable[str]) -> list[tuple[str, str, int, float]]:
+        """State, finish reason, number of rows and their cost, for each pair of the first two that occurs among `keys`."""
+        statement = """
+            SELECT state, finish_reason, count(*), sum(cost) FROM answers
+            WHERE key IN (SELECT value FROM json_each(?)) GROUP BY state, finish_reason ORDER BY state, finish_reason
+        """
+        return self._db.execute(statement, (json.dumps(list(keys)),)).fetchall()
+
+    def cost(self) -> float:
+        """US dollars that all answers of the cache have cost."""
+        return self._db.execute("SELECT coalesce(sum(cost), 0.0) FROM answers").fetchone()[0]

@@ -1,0 +1,94 @@
+"""The config section `teacher`: whom to ask, how, and for how much."""
+
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from gadjax.section import Section
+
+OPENAI = "https://api.openai.com/v1"
+
+
+class Price(Section):
+    """US dollars per million tokens."""
+
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """US dollars for one request."""
+        return (self.input * prompt_tokens + self.output * completion_tokens) / 1e6
+
+
+FREE = Price(input=0.0, output=0.0)
+PRICES = {
+    "gpt-5-chat": Price(input=1.25, output=10.0),
+    "gpt-5-chat-latest": Price(input=1.25, output=10.0),
+    "gpt-5": Price(input=1.25, output=10.0),
+    "gpt-5-mini": Price(input=0.25, output=2.0),
+    "gpt-4.1": Price(input=2.0, output=8.0),
+    "gpt-4.1-mini": Price(input=0.4, output=1.6),
+    "gpt-4o": Price(input=2.5, output=10.0),
+    "gpt-4o-mini": Price(input=0.15, output=0.6),
+}
+
+
+class TeacherConfig(Section):
+    """The teacher.
+
+    Attributes:
+        backend: `openai` (any OpenAI-compatible endpoint), `tutor` (the built-in teacher) or `file` (answers that exist already).
+        model: the name that the endpoint knows the teacher by.
+        base_url: the endpoint; null is OpenAI's own.
+        api_key_env: the environment variable that holds the key.
+        temperature: of the teacher's sampling.
+        max_tokens: the longest answer; one that reaches it is marked as truncated.
+        samples: answers to each prompt.
+        concurrency: requests under way at once.
+        max_cost: US dollars that all answers of the cache may cost together.
+        price: US dollars per million tokens, for a model that the built-in table lacks.
+        timeout: seconds for one request, from connecting to the last byte.
+        tries: times that a request is sent before its answer counts as failed.
+        retry_wait: seconds before the second try; the wait doubles from try to try.
+        path: with `backend: file`, the file of the answers.
+    """
+
+    backend: Literal["openai", "tutor", "file"] = "openai"
+    model: str = "gpt-5-chat"
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float = Field(1.0, ge=0, le=2)
+    max_tokens: int = Field(2048, ge=1)
+    samples: int = Field(1, ge=1)
+    concurrency: int = Field(16, ge=1, le=256)
+    max_cost: float = Field(20.0, ge=0)
+    price: Price | None = None
+    timeout: float = Field(120.0, gt=0)
+    tries: int = Field(6, ge=1)
+    retry_wait: float = Field(1.0, ge=0)
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "TeacherConfig":
+        if self.backend == "file" and self.path is None:
+            raise ValueError("backend: file needs `path`, the file of the teacher's answers")
+        address = urlsplit(self.base_url or OPENAI)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(f"base_url: {self.base_url} is no address; write one like {OPENAI}")
+        if address.username or address.password or address.query:
+            raise ValueError("base_url: holds a secret or a query; name the key's environment variable in api_key_env")
+        return self
+
+    @property
+    def address(self) -> str:
+        """The endpoint, OpenAI's own where none is given."""
+        return self.base_url or OPENAI
+
+    @property
+    def provider(self) -> str:
+        """Where the answers come from, as the cache's keys say it: no port, no secret."""
+        if self.backend != "openai" or self.base_url is None:
+            return self.backend
+        address = urlsplit(self.base_url)
+        return f"openai:{address.hostname}{address.path.rstrip('/')}"

@@ -1,0 +1,51 @@
+"""What the user sees while a run goes on: bars on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Not on stdout, which belongs to what a program may read (`--json`).
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+PLAIN_INTERVAL = 10.0  # seconds between plain lines
+
+Advance = Callable[[int, str], None]
+
+
+def say(line: str) -> None:
+    """One line to the user. Nothing in it is taken for markup."""
+    console.print(line, markup=False)
+
+
+@contextmanager
+def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """Shows how far a piece of work is.
+
+    Args:
+        title: what is done.
+        total: of how many steps.
+        done: steps that were done before.
+
+    Yields:
+        `advance(done, note)`: the steps done so far, and a few words on how it goes.
+    """
+    if console.is_terminal:
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(title, total=total, completed=done, note="")
+            yield lambda done, note="": progress.update(task, completed=done, note=note)
+        return
+    last = time.monotonic()
+
+    def advance(done: int, note: str = "") -> None:
+        nonlocal last
+        if done >= total or time.monotonic() - last >= PLAIN_INTERVAL:
+            last = time.monotonic()
+            say(f"{title}: {done}/{total} {note}".rstrip())
+            sys.stderr.flush()
+
+    yield advance

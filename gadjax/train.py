@@ -1,0 +1,163 @@
+"""The training loop: batches, rollouts, packed rows, two updates, metrics, checkpoints; stage after stage.
+
+One step of a stage that samples: prompts -> rollout -> rows of teacher and samples -> discriminator (scores, update) ->
+rows of the student's responses -> student (update). A stage without a discriminator has only the last two.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gadjax.algorithms.stage import Guidance
+from gadjax.checkpointing import Checkpoints
+from gadjax.data.packing import pack
+from gadjax.data.pipeline import batches
+from gadjax.metrics import MetricsLog
+from gadjax.records import TokenGroup
+from gadjax.session import Session
+from gadjax.sharding import replicated
+from gadjax.steps import Programs, Sampler, responses_of
+from gadjax.terminal import say, track
+from gadjax.types import PackedRows, Params, Rollout, TrainState
+from gadjax.validation import Validator
+
+Floats = dict[str, float]
+
+
+class Stopwatch:
+    """Seconds of each part of a step, by metric name."""
+
+    def __init__(self) -> None:
+        self.seconds: Floats = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Gives the time since the last lap to `time/<name>_seconds`."""
+        now = time.perf_counter()
+        self.seconds[f"time/{name}_seconds"] = self.seconds.get(f"time/{name}_seconds", 0.0) + now - self._last
+        self._last = now
+
+
+@dataclass
+class Stage:
+    """A stage while it runs.
+
+    Attributes:
+        session: the run.
+        name: of the stage.
+        programs: what it compiles.
+        reference: the student's parameters at the start of the stage, where the algorithm reads them.
+        state: both models; changed by every step.
+        key: of the rollouts.
+    """
+
+    session: Session
+    name: str
+    programs: Programs
+    reference: Params | None
+    state: TrainState
+    key: jax.Array
+
+    def step(self, index: int, groups: Sequence[TokenGroup]) -> Floats:
+        """One step; `index` counts from 0. Returns its metrics."""
+        programs, algorithm, watch = self.programs, self.programs.algorithm, Stopwatch()
+        prompts = [group.prompt for group in groups]
+        teacher = [[group.teacher] for group in groups]
+        metrics: dict[str, Any] = {}
+        sampled, logps, scores = None, None, None
+        if algorithm.discriminator is not None:
+            rollout = programs.sampler(self.state.student.params, prompts, self.key, index)
+            sampled, logps = responses_of(rollout)
+            watch.lap("rollout")
+            metrics |= rollout_metrics(rollout, watch.seconds["time/rollout_seconds"])
+            both = [own + others for own, others in zip(teacher, sampled, strict=True)]
+            rows = self._rows(prompts, both)
+            watch.lap("data")
+            discriminator, scores, more = programs.discriminator_step(self.state.discriminator, rows)
+            self.state = self.state._replace(discriminator=discriminator)
+            metrics |= jax.device_get(more)
+            watch.lap("discriminator")
+        if index >= algorithm.student_begins:
+            rows = self._rows(prompts, teacher) if algorithm.student_reads == "teacher" else self._rows(prompts, sampled, logps)
+            watch.lap("data")
+            student, more = programs.student_step(self.state.student, rows, Guidance(self.reference, scores))
+            self.state = self.state._replace(student=student)
+            metrics |= jax.device_get(more)
+            watch.lap("student")
+        return {name: float(value) for name, value in metrics.items()} | watch.seconds
+
+    def _rows(self, prompts: Sequence[Any], responses: Any, logps: Any = None) -> PackedRows:
+        shape = self.programs.rows(len(responses[0]))
+        return self.session.models.place_rows(pack(prompts, responses, shape, logps))
+
+
+def rollout_metrics(rollout: Rollout, seconds: float) -> Floats:
+    """What a rollout says of the student's answers and of the sampler's speed."""
+    lengths = np.asarray(rollout.lengths_BN)
+    return {
+        "rollout/length_mean": float(lengths.mean()),
+        "rollout/truncated_fraction": float(1.0 - np.asarray(rollout.ended_BN).mean()),
+        "rollout/tokens_per_second": float(lengths.sum() / seconds),
+    }
+
+
+def open_stage(session: Session, name: str) -> Stage:
+    """A stage at its very beginning."""
+    programs = Programs.of(session.run.config, name, session.models, session.text.end_of_turn)
+    state = session.first_state(name)
+    reference = jax.tree.map(jnp.copy, state.student.params) if programs.algorithm.needs_reference else None
+    return Stage(session, name, programs, reference, state, jax.device_put(session.key, replicated(session.models.mesh)))
+
+
+def train_stage(session: Session, name: str) -> None:
+    """Trains one stage to its end, from its last checkpoint if it has one. A finished stage is left as it is."""
+    total, stage_config = session.total_steps(name), session.run.config.stages[name]
+    with Checkpoints(session.run.checkpoints(name)) as checkpoints:
+        done = checkpoints.latest or 0
+        if done == total:
+            return
+        stage = open_stage(session, name)
+        data = iter(batches(session.snapshot.train, stage_config.batch_groups, session.run.config.run.seed))
+        if done:
+            say(f"{name}: goes on after step {done}")
+            abstract = session.models.abstract_state(stage.state.discriminator is not None)
+            stage.state, host = checkpoints.restore(done, abstract)
+            data.set_state(host["data"])
+            stage.key = jax.device_put(jax.random.wrap_key_data(np.asarray(host["key"], np.uint32)), stage.key.sharding)
+        with MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) as log:
+            _loop(stage, data, log, checkpoints, done, total)
+
+
+def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, done: int, total: int) -> None:
+    config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
+    if not done:
+        log.write(0, validate(stage.state))
+    with track(stage.name, total, done) as advance:
+        for index in range(done, total):
+            groups = next(data)
+            metrics = stage.step(index, groups)
+            step = index + 1
+            if step % config.validate_every == 0 or step == total:
+                metrics |= validate(stage.state)
+            log.write(step, metrics)
+            if step % config.checkpoint_every == 0 or step == total:
+                host = {"data": data.get_state(), "key": np.asarray(jax.random.key_data(stage.key)).tolist()}
+                checkpoints.save(step, stage.state, host)
+            advance(step, summary(metrics))
+
+
+def summary(metrics: Floats) -> str:
+    """A step's metrics in a few words."""
+    words = {
+        "student/loss": "loss",
+        "discriminator/accuracy": "accuracy",
+        "student/reward_mean": "reward",
+        "student/entropy": "entropy",
+        "rollout/length_mean": "length",
+    }
+    return "  ".join(f"{word} {metrics[name]:.3f}" for name, word in words.items() if name in metrics)

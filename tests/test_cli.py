@@ -1,0 +1,106 @@
+"""The command line itself: help, usage and exit status. What the commands do is tested beside them."""
+
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gadjax import cli
+from gadjax.errors import UserError
+
+
+def gadjax(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
+    """Puts a function in the place of what `gadjax run` does."""
+
+    def put(function: Callable[..., None]) -> None:
+        module = types.ModuleType("command")
+        module.__dict__["main"] = function
+        monkeypatch.setitem(sys.modules, "command", module)
+        monkeypatch.setitem(cli.COMMANDS, "run", "command:main")
+
+    return put
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "experiment.yaml"
+    path.touch()
+    return str(path)
+
+
+def test_help_answers_at_once_and_without_jax():
+    program = "import sys, atexit; from gadjax.cli import main; atexit.register(lambda: print('jax' in sys.modules)); main(['--help'])"
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)  # the first one may compile Python's bytecode
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 1
+    assert done.stdout.splitlines()[-1] == "False"
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_has_an_example(name: str, capsys: pytest.CaptureFixture[str]):
+    assert gadjax(name, "--help") == 0
+    assert f"Example: gadjax {name} " in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert gadjax("--version") == 0
+    assert capsys.readouterr().out.startswith("gadjax 0.")
+
+
+@pytest.mark.parametrize("arguments", [[], ["rnu"], ["run"], ["run", "missing.yaml"], ["run", "--fast"], ["--fast"]], ids=" ".join)
+def test_usage_errors_are_told_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert gadjax(*arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("gadjax: ")
+    assert told.err.count("\n") == 1
+
+
+def test_a_command_gets_config_and_overrides(command: Callable, config: str):
+    calls = []
+    command(lambda *arguments: calls.append(arguments))
+    assert gadjax("run", config, "mesh.fsdp=-1", "run.seed=1") == 0
+    assert gadjax("run", config) == 0
+    assert calls == [(Path(config), ["mesh.fsdp=-1", "run.seed=1"]), (Path(config), [])]
+
+
+def test_a_users_mistake(command: Callable, config: str, capsys: pytest.CaptureFixture[str]):
+    def fail(config: Path, overrides: list[str]) -> None:
+        raise UserError("run.seed", "must be an integer", "write\n0")
+
+    command(fail)
+    assert gadjax("run", config) == 2
+    assert capsys.readouterr().err == "gadjax: run.seed: must be an integer; write 0\n"
+
+
+def test_an_interruption(command: Callable, config: str, capsys: pytest.CaptureFixture[str]):
+    def interrupt(config: Path, overrides: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    command(interrupt)
+    assert gadjax("run", config) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from the last checkpoint\n"
+
+
+def test_a_fault_of_ours_goes_through(command: Callable, config: str):
+    def fail(config: Path, overrides: list[str]) -> None:
+        raise ZeroDivisionError
+
+    command(fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", config])

@@ -1,0 +1,102 @@
+"""The metrics files: what is written, and what is left after a crash and a resume."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from gadjax.errors import UserError
+from gadjax.metrics import MetricsLog, read
+
+
+def log(folder: Path, steps: range, after: int = -1, value: float = 0.5) -> Path:
+    with MetricsLog(folder, folder / "tensorboard", after) as metrics:
+        for step in steps:
+            metrics.write(step, {"student/loss": value})
+    return folder / "metrics.jsonl"
+
+
+def test_one_object_per_step(tmp_path: Path):
+    path = log(tmp_path, range(1, 3))
+    assert path.read_text() == '{"step": 1, "student/loss": 0.5}\n{"step": 2, "student/loss": 0.5}\n'
+    assert read(path) == [{"step": 1, "student/loss": 0.5}, {"step": 2, "student/loss": 0.5}]
+
+
+def test_a_row_is_in_the_file_when_write_returns(tmp_path: Path):
+    with MetricsLog(tmp_path, tmp_path / "tensorboard") as metrics:
+        metrics.write(0, {"a": 1.0})
+        assert read(tmp_path / "metrics.jsonl") == [{"step": 0, "a": 1.0}]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_json_cannot_say_is_null(tmp_path: Path, value: float):
+    path = log(tmp_path, range(1), value=value)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"step": 0, "student/loss": None}
+    assert math.isnan(read(path)[0]["student/loss"])
+
+
+def test_resume_keeps_one_row_a_step(tmp_path: Path):
+    log(tmp_path, range(1, 8), value=1.0)
+    path = log(tmp_path, range(6, 10), after=5, value=2.0)
+    assert [(row["step"], row["student/loss"]) for row in read(path)] == [(s, 1.0 if s <= 5 else 2.0) for s in range(1, 10)]
+
+
+def test_a_stage_that_begins_anew_has_no_old_rows(tmp_path: Path):
+    log(tmp_path, range(5))
+    assert read(log(tmp_path, range(2))) == [{"step": 0, "student/loss": 0.5}, {"step": 1, "student/loss": 0.5}]
+
+
+@pytest.mark.parametrize("cut", range(1, 33))
+def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int):
+    path = log(tmp_path, range(1, 4))
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [row["step"] for row in read(path)] == ([1, 2, 3] if cut == 1 else [1, 2])
+    log(tmp_path, range(3, 5), after=2)
+    assert [row["step"] for row in read(path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("line", ["{", "7", '{"a": 1}', "null"])
+def test_any_other_broken_line_is_named(tmp_path: Path, line: str):
+    path = log(tmp_path, range(1, 3))
+    path.write_text(f"{line}\n{path.read_text()}")
+    with pytest.raises(UserError, match="line 1"):
+        read(path)
+
+
+def test_steps_never_go_back(tmp_path: Path):
+    with MetricsLog(tmp_path, tmp_path / "tensorboard", after=3) as metrics:
+        with pytest.raises(ValueError, match="step 3"):
+            metrics.write(3, {})
+        metrics.write(4, {})
+        with pytest.raises(ValueError, match="step 4"):
+            metrics.write(4, {})
+
+
+def test_no_file_has_no_rows(tmp_path: Path):
+    assert read(tmp_path / "metrics.jsonl") == []
+
+
+def events(folder: Path) -> list[Any]:
+    """TensorBoard's events. Their record format: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            found.append(cast(Any, event_pb2).Event.FromString(content[12 : 12 + size]))
+            content = content[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path):
+    log(tmp_path, range(1, 3))
+    scalars = [(event.step, value.tag, value.simple_value) for event in events(tmp_path / "tensorboard") for value in event.summary.value]
+    assert scalars == [(1, "student/loss", 0.5), (2, "student/loss", 0.5)]
+
+
+def test_tensorboard_hides_what_comes_again(tmp_path: Path):
+    log(tmp_path, range(6, 7), after=5)
+    assert [event.step for event in events(tmp_path / "tensorboard") if event.session_log.status == 1] == [6]
