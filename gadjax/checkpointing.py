@@ -18,7 +18,9 @@ class Checkpoints:
     """The checkpoints of one stage, in `folder`/<step>. Use as a context manager: leaving waits for what is being written."""
 
     def __init__(self, folder: Path, *, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else KEEP, read_only=read_only, create=not read_only)
+        writing = {"max_to_keep": KEEP, "create": True}
+        reading = {"read_only": True, "create": False, "save_interval_steps": 0}
+        options = ocp.CheckpointManagerOptions(**(reading if read_only else writing))
         self._folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 

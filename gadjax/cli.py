@@ -5,7 +5,7 @@ What a command needs is loaded when it is used, so that `gadjax --help` answers 
 Exit status: 0 done; 2 a mistake of the user, told in one line; 130 interrupted; 1 a fault of ours, with its traceback.
 """
 
-import importlib
+import pkgutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ COMMANDS = {  # command -> "module:function"
     "train": "gadjax.run:train",
     "evaluate": "gadjax.run:evaluate",
     "report": "gadjax.run:report",
-    "export": "gadjax.export:export",
+    "export": "gadjax.run:export",
 }
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -113,8 +113,7 @@ def export(stage: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A r
 
 
 def _call(command: str, *arguments: Any) -> None:
-    module, _, function = COMMANDS[command].partition(":")
-    getattr(importlib.import_module(module), function)(*arguments)
+    pkgutil.resolve_name(COMMANDS[command])(*arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from gadjax.data.snapshot import Example
 from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
 from gadjax.evaluation.samples import MODES, Samples
+from gadjax.runs import Run
 from gadjax.session import Session
 from gadjax.sharding import replicated
 from gadjax.steps import Sampler, responses_of, row_shape
@@ -19,9 +20,9 @@ from gadjax.terminal import track
 from gadjax.types import Params
 
 
-def evaluated_stages(session: Session) -> list[str]:
+def evaluated_stages(run: Run) -> list[str]:
     """The stages in the table, the untouched student first."""
-    config = session.run.config
+    config = run.config
     return [UNTOUCHED, *(config.evaluation.stages if config.evaluation.stages is not None else config.stages)]
 
 
@@ -69,7 +70,7 @@ def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
     examples = [session.snapshot.validation[index] for index in range(len(session.snapshot.validation))]
     tutor = session.run.config.teacher.backend == "tutor"
     vocabulary = session.dims.vocabulary if tutor else None
-    names, answerer = evaluated_stages(session), Answerer(session)
+    names, answerer = evaluated_stages(session.run), Answerer(session)
     measured: dict[str, dict[str, Metric]] = {}
     with track("evaluate", len(names) * len(MODES)) as advance:
         for index, name in enumerate(names):

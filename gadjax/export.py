@@ -1,14 +1,11 @@
 """A trained student as a Hugging Face folder."""
 
-import shutil
 from pathlib import Path
 
 import jax
 
-from gadjax.config import UNTOUCHED
 from gadjax.models.checkpoint import save
 from gadjax.session import Session
-from gadjax.terminal import say
 
 
 def export_stage(session: Session, name: str) -> Path:
@@ -16,8 +13,7 @@ def export_stage(session: Session, name: str) -> Path:
     folder = session.run.folder / "export" / name
     if folder.exists():
         return folder
-    params = session.untouched() if name == UNTOUCHED else session.student_params(name)
+    params = session.student_params(name)
     tokens = {"eos_token_id": session.text.end_of_turn, "pad_token_id": session.text.pad}
     save(folder, session.family, session.dims, jax.device_get(params), tokens, session.folder)
-    say(f"export: {folder}")
     return folder

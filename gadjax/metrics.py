@@ -1,7 +1,7 @@
 """The numbers of a stage, step by step: `metrics.jsonl` for programs and the report, TensorBoard for the eye.
 
 `metrics.jsonl` has one object per step: {"step": 7, "student/loss": 1.25, ...}. A value that is not finite is null there,
-and NaN when it is read. A step that runs again after an interruption has one row, that of the last time.
+and NaN when it is read; TensorBoard does not get it. A step that runs again after an interruption has one row, that of the last time.
 """
 
 import json
@@ -45,7 +45,8 @@ class MetricsLog:
         self._file.write(f"{to_json({'step': step} | row)}\n")
         self._file.flush()
         for name, value in row.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
         self._last = step
 
     def close(self) -> None:

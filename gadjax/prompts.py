@@ -24,7 +24,7 @@ class PromptsConfig(Section):
 
     train: str | None = None
     validation: str | None = None
-    validation_share: float = Field(0.05, gt=0, lt=1)
+    validation_share: float = Field(default=0.05, gt=0, lt=1)
 
 
 def read_prompts(path: str, where: str) -> list[Prompt]:

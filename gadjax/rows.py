@@ -19,6 +19,7 @@ def read_rows(path: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the place of each row of a file (`data.jsonl, line 3`), and the row.
 
     Args:
+        path: ends with one of KINDS.
         where: the config field that names the file.
 
     Raises:

@@ -55,11 +55,11 @@ class ChatRequest(BaseModel):
     """The body of a chat completion request, as far as it is understood here; the rest is ignored."""
 
     messages: list[Any]
-    temperature: float = Field(1.0, ge=0, le=2)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
-    n: int = Field(1, ge=1, le=128)
+    n: int = Field(default=1, ge=1, le=128)
     stream: bool = False
 
 
@@ -120,12 +120,14 @@ class _Handler(BaseHTTPRequestHandler):
             route = routes.get(self.path.partition("?")[0])
             if route is None:
                 raise _Refusal(HTTPStatus.NOT_FOUND, f"there is no {self.command} {self.path}")
-            self._send(HTTPStatus.OK, route())
+            status, content = HTTPStatus.OK, route()
         except _Refusal as refusal:
-            self.send_error(refusal.status, str(refusal))
+            status, content = refusal.status, _error(refusal.status, str(refusal))
         except Exception:
             log.exception("a request failed")
-            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its log says why")
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            content = _error(status, "the server failed; its log says why")
+        self._send(status, content)
 
     def _models(self) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": self.server.model, "object": "model", "created": 0, "owned_by": "gadjax"}]}
@@ -160,10 +162,14 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise _Refusal(HTTPStatus.LENGTH_REQUIRED, "the request has no Content-Length")
+        try:
+            # Somewhat more than is accepted is read, so that the client comes to read the refusal.
+            body = self.rfile.read(min(int(length), 4 * self.server.max_body))
+        except TimeoutError as error:
+            raise _Refusal(HTTPStatus.REQUEST_TIMEOUT, "the body does not arrive") from error
         if int(length) > self.server.max_body:
-            self.rfile.read(min(int(length), 4 * self.server.max_body))  # so that the client comes to read the refusal
             raise _Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body has more than {self.server.max_body} bytes")
-        return self.rfile.read(int(length))
+        return body
 
     def _send(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
@@ -177,12 +183,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Replaces the page of HTML that the base class writes."""
-        kind = "invalid_request_error" if code < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-        self._send(code, {"error": {"message": message or HTTPStatus(code).phrase, "type": kind, "param": None, "code": None}})
+        self._send(code, _error(code, message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keeps the base class from writing every request to the terminal."""
         log.debug(format, *args)
+
+
+def _error(status: int, message: str) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 def _reply(model: str, completions: Sequence[Completion]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The command line itself: help, usage and exit status. What the commands do is tested beside them."""
 
+import pkgutil
 import subprocess
 import sys
 import time
@@ -49,6 +50,11 @@ def test_help_answers_at_once_and_without_jax():
     assert done.stdout.splitlines()[-1] == "False"
     for name in cli.COMMANDS:
         assert f"\n  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("target", cli.COMMANDS.values())
+def test_what_the_commands_name_exists(target: str):
+    assert callable(pkgutil.resolve_name(target))
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -118,12 +118,13 @@ def test_freeze_replaces_a_snapshot_and_nothing_else(tmp_path: Path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gadjax.data.snapshot import freeze
-from tests.test_data import examples
+from gadjax.data.snapshot import Example, freeze
+from gadjax.records import Answer, Prompt, TokenGroup
+example = Example(Prompt.of("hi", "p"), Answer("p", "hello"), TokenGroup("p", (1,), (2,)))
 def rows():
-    yield from examples(5)
+    yield example
     os.kill(os.getpid(), signal.SIGKILL)
-freeze(Path(sys.argv[1]), {"train": examples(3), "validation": rows()}, {})
+freeze(Path(sys.argv[1]), {"train": [example], "validation": rows()}, {})
 """
 
 

@@ -18,7 +18,7 @@ from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
 from gadjax.evaluation.samples import MODES, Samples
 from gadjax.evaluation.statistics import Estimate, by_prompt, estimate, paired_difference
-from gadjax.evaluation.summary import summarise, write_summary
+from gadjax.evaluation.summary import summarise
 from gadjax.evaluation.table import print_table
 from gadjax.records import Prompt
 from gadjax.teachers import grammar
@@ -60,7 +60,7 @@ def test_overlap(n: int, expected: float):
 
 
 def test_overlap_counts_an_ngram_as_often_as_it_stands():
-    assert texts.overlap(["a a a"], ["a b"], 1) == [2 / 5]
+    assert texts.overlap(["a a a"], ["a a b"], 1) == [2 / 3]
 
 
 @pytest.mark.parametrize(("text", "teacher", "expected"), [("yes", "yes", 1), ("yes", "no", 0), ("", "", 1), ("yes", "a b c d e", 0)])
@@ -142,7 +142,8 @@ def test_by_prompt():
 
 def test_measure_without_the_tutor():
     rows = [("q1", TEACHER, TEXT), ("q2", "yes", "yes")]
-    found = measure({"greedy": samples(rows), "sampled_0_8": samples(rows), "sampled_1_0": samples(rows)})
+    other = samples([("q3", "t", "other")], length=9)
+    found = measure({"greedy": samples(rows), "sampled_0_8": other, "sampled_1_0": other})
     assert set(found) == {"rouge_l", "overlap_1", "overlap_2", "overlap_3", "overlap_4", "distinct_2", "length_mean"}
     assert found["rouge_l"].value == pytest.approx((8 / 11 + 1) / 2)
     assert found["overlap_2"].by_prompt == pytest.approx({Prompt.of("q1").id: 2 / 9, Prompt.of("q2").id: 1})
@@ -180,11 +181,10 @@ def test_answers_come_back(tmp_path: Path):
     assert list(again) == list(answers)
     for mode, wanted in answers.items():
         for field in dataclasses.fields(Samples):
-            if mode != "sampled_0_8" or field.name != "teacher":  # one teacher's answer is kept per prompt
-                np.testing.assert_equal(getattr(again[mode], field.name), getattr(wanted, field.name))
+            np.testing.assert_equal(getattr(again[mode], field.name), getattr(wanted, field.name))
 
 
-def test_answers_are_one_object_per_prompt(tmp_path: Path):
+def test_answers_are_one_object_per_prompt_and_teachers_answer(tmp_path: Path):
     path = tmp_path / "gad.jsonl"
     write_answers(path, {"greedy": samples([("q", "t\u2028", "<b>"), ("q", "t\u2028", "c")])}, tutor=False)
     (line,) = path.read_text().split("\n")[:-1]
@@ -231,9 +231,8 @@ STAGES = {
 }
 
 
-def test_summary(tmp_path: Path):
-    write_summary(tmp_path / "summary.json", summarise(STAGES, seconds=7.5))
-    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+def test_summary():
+    summary = json.loads(json.dumps(summarise(STAGES, seconds=7.5)), parse_constant=pytest.fail)
     assert summary["stages"]["student"] == {"rouge_l": 0.25, "distinct_2": None}
     assert list(summary["stages"]) == ["student", "seqkd", "gad"]
     assert summary["intervals"]["gad"]["validity"] == [1, 1]
@@ -258,10 +257,10 @@ def test_table_on_a_file_is_plain_markdown():
     lines = shown(terminal=False).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert cells[0] == ["metric", "student", "seqkd", "gad"]
-    assert cells[2] == ["rouge_l", "0.25 ± 0.49", "0.5 ± 0.49", "0.75 ± 0"]
-    assert cells[3] == ["minus seqkd", "-0.25 ± 0 *", "", "+0.25 ± 0.49"]
-    assert cells[4] == ["distinct_2", "-", "0.5", "0.75"]
-    assert cells[5] == ["validity", "-", "-", "1 ± 0"]
+    assert cells[2] == ["rouge_l", "0.250 ± 0.490", "0.500 ± 0.490", "0.750 ± 0.000"]
+    assert cells[3] == ["minus seqkd", "-0.250 ± 0.000 *", "", "+0.250 ± 0.490"]
+    assert cells[4] == ["distinct_2", "-", "0.500", "0.750"]
+    assert cells[5] == ["validity", "-", "-", "1.000 ± 0.000"]
     assert all(len(row) == 4 for row in cells)
     assert "\x1b" not in shown(terminal=False)
 
@@ -269,4 +268,4 @@ def test_table_on_a_file_is_plain_markdown():
 def test_table_on_a_terminal_has_the_same_numbers():
     text = shown(terminal=True)
     assert "\x1b" in text
-    assert all(number in text for number in ("0.25 ± 0.49", "-0.25 ± 0 *", "0.75"))
+    assert all(number in text for number in ("0.250 ± 0.490", "-0.250 ± 0.000 *", "0.750"))

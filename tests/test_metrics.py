@@ -97,6 +97,12 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path):
     assert scalars == [(1, "student/loss", 0.5), (2, "student/loss", 0.5)]
 
 
+def test_tensorboard_does_not_get_nan(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    log(tmp_path, range(1, 3), value=math.nan)
+    assert not any(event.summary.value for event in events(tmp_path / "tensorboard"))
+    assert not caplog.records
+
+
 def test_tensorboard_hides_what_comes_again(tmp_path: Path):
     log(tmp_path, range(6, 7), after=5)
     assert [event.step for event in events(tmp_path / "tensorboard") if event.session_log.status == 1] == [6]

@@ -143,9 +143,8 @@ def test_a_llama_template_ends_turns_with_eot_trims_and_lacks_a_pad() -> None:
     text = Text(wrapped(byte_level(LLAMA_CONTROLS), LLAMA, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"))
     assert text.end_of_turn == text.pad == text._template.token_to_id("<|eot_id|>")
     shown = read(text, text.prompt_ids(user(" \nhi <|eot_id|> "), 100))
-    assert shown == (
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi <|eot_id|><|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
+    user_turn = "<|start_header_id|>user<|end_header_id|>\n\nhi <|eot_id|><|eot_id|>"
+    assert shown == f"<|begin_of_text|>{user_turn}<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 def test_the_end_of_sequence_ends_turns_where_the_template_writes_none() -> None:

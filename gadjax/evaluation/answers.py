@@ -1,4 +1,4 @@
-"""`evaluation/<stage>.jsonl`: every answer of a stage, one object per prompt. Metrics and report are made from these files.
+"""`evaluation/<stage>.jsonl`: every answer of a stage, one object per prompt and teacher's answer. Metrics and report come from here.
 
     {"id": "p1", "messages": [{"role": "user", "content": "..."}], "teacher": {"text": "..."},
      "greedy": [{"text": "...", "tokens": 12, "log_prob": -3.5, "truncated": false}], "sampled_0_8": [...], "sampled_1_0": [...]}
@@ -32,11 +32,11 @@ def write_answers(path: Path, answers: Mapping[str, Samples], tutor: bool) -> No
         answers: the samples by the name of the way of decoding, of `MODES`.
         tutor: the teacher is the tutor, so verdicts are written too.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[tuple[str, str], Row] = {}
     for mode, samples in answers.items():
         marks = [vars(verdict) for verdict in verdicts(samples)] if tutor else [{}] * len(samples.texts)
         for prompt, teacher, answer, mark in zip(samples.prompts, samples.teacher, _cells(samples), marks, strict=True):
-            row = rows.setdefault(prompt.id, _row(prompt, teacher, tutor))
+            row = rows.setdefault((prompt.id, teacher), _row(prompt, teacher, tutor))
             row.setdefault(mode, []).append(answer | mark)
     replace_file(path, "".join(f"{to_json(row)}\n" for row in rows.values()))
 

@@ -9,12 +9,11 @@ A number that is not finite is null.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gadjax.evaluation.measure import Metric
 from gadjax.evaluation.statistics import estimate, paired_difference
-from gadjax.files import finite, replace_file, to_json
+from gadjax.files import finite
 
 Stages = Mapping[str, Mapping[str, Metric]]
 
@@ -42,11 +41,6 @@ def summarise(stages: Stages, seconds: float, baseline: str = "seqkd") -> dict[s
         "seconds": seconds,
     }
     return finite(summary)
-
-
-def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Writes `summary.json`, whole or not at all."""
-    replace_file(path, to_json(summary, indent=1))
 
 
 def _intervals(metrics: Mapping[str, Metric]) -> dict[str, list[float]]:

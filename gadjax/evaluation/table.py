@@ -35,19 +35,25 @@ def print_table(summary: Mapping[str, Any], console: Console) -> None:
     console.print(Text(caption), soft_wrap=True)
 
 
+def _places(summary: Mapping[str, Any], name: str) -> int:
+    """The decimal places of a row."""
+    largest = max(abs(metrics.get(name) or 0) for metrics in summary["stages"].values())
+    return 3 if largest < 10 else 2 if largest < 100 else 1
+
+
 def _value(summary: Mapping[str, Any], stage: str, name: str) -> Text:
-    value = summary["stages"][stage].get(name)
+    value, places = summary["stages"][stage].get(name), _places(summary, name)
     if value is None:
         return Text("-")
     low, high = summary["intervals"].get(stage, {}).get(name, (None, None))
-    return Text(f"{value:.4g}" if low is None or high is None else f"{value:.4g} ± {(high - low) / 2:.2g}")
+    return Text(f"{value:.{places}f}" + ("" if low is None or high is None else f" ± {(high - low) / 2:.{places}f}"))
 
 
 def _difference(summary: Mapping[str, Any], stage: str, name: str) -> Text:
-    found = summary["differences"].get(stage, {}).get(name)
+    found, places = summary["differences"].get(stage, {}).get(name), _places(summary, name)
     if not found:
         return Text("")
     if found["low"] is None:
-        return Text(f"{found['mean']:+.3g}")
+        return Text(f"{found['mean']:+.{places}f}")
     sure = found["low"] > 0 or found["high"] < 0
-    return Text(f"{found['mean']:+.3g} ± {(found['high'] - found['low']) / 2:.2g}{' *' if sure else ''}")
+    return Text(f"{found['mean']:+.{places}f} ± {(found['high'] - found['low']) / 2:.{places}f}{' *' if sure else ''}")

@@ -63,7 +63,11 @@ def _shown(mode: str, answer: Row) -> dict[str, str]:
     marks = [f"{answer['tokens']} tokens"] if "tokens" in answer else []
     marks += ["cut off"] * answer.get("truncated", False)
     if "style" in answer:
-        marks += [answer["style"], "valid" if answer["valid"] else "not valid", "correct" if answer["correct"] else "not correct"]
+        marks += [
+            f"style {answer['style']}",
+            "valid" if answer["valid"] else "not valid",
+            "correct" if answer["correct"] else "not correct",
+        ]
     return {"mode": mode, "text": _cut(answer["text"]), "marks": ", ".join(marks)}
 
 

@@ -82,7 +82,7 @@ class _Axis:
         if low == high:
             low, high = low - (abs(low) or 1) * 0.5 * padded, high + (abs(high) or 1) * 0.5
         room = (high - low) * 0.05 * padded
-        return cls(low if low == 0 else low - room, high if high == 0 else high + room, start, end)
+        return cls(max(low - room, 0) if low >= 0 else low - room, high + room, start, end)
 
     def at(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
@@ -116,8 +116,8 @@ def _grid(x_axis: _Axis, y_axis: _Axis) -> Markup:
 def _rules(y_axis: _Axis, width: int) -> Markup:
     rule = Markup('<line class="{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
     text = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>')
-    lines = [rule.format("rule", LEFT, width - RIGHT, y_axis.at(y), y_axis.at(y)) for y in y_axis.ticks(4)]
-    lines += [text.format(LEFT - 6, y_axis.at(y) + 4, number(y)) for y in y_axis.ticks(4)]
+    lines = [rule.format("rule", LEFT, width - RIGHT, y_axis.at(y), y_axis.at(y)) for y in y_axis.ticks(5)]
+    lines += [text.format(LEFT - 6, y_axis.at(y) + 4, number(y)) for y in y_axis.ticks(5)]
     return Markup("").join(lines) + rule.format("axis", LEFT, width - RIGHT, HEIGHT - BOTTOM, HEIGHT - BOTTOM)
 
 

@@ -88,19 +88,22 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
     stages = summary["stages"]
     names = dict.fromkeys(name for metrics in stages.values() for name in metrics)
     ordered = [name for name in MEANINGS if name in names] + [name for name in names if name not in MEANINGS]
-    rows = [{"name": name, "meaning": MEANINGS.get(name, "")} | {"cells": [_cell(summary, stage, name) for stage in stages]} for name in ordered]
-    return {"stages": list(stages), "baseline": summary["baseline"], "rows": rows}
+    return {"stages": list(stages), "baseline": summary["baseline"], "rows": [_row(summary, name) for name in ordered]}
 
 
-def _cell(summary: Mapping[str, Any], stage: str, name: str) -> dict[str, Any]:
+def _row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
+    largest = max(abs(metrics.get(name) or 0) for metrics in summary["stages"].values())
+    places = 3 if largest < 10 else 2 if largest < 100 else 1
+    return {"name": name, "meaning": MEANINGS.get(name, ""), "cells": [_cell(summary, stage, name, places) for stage in summary["stages"]]}
+
+
+def _cell(summary: Mapping[str, Any], stage: str, name: str, places: int) -> dict[str, Any]:
     value = summary["stages"][stage].get(name)
     low, high = summary["intervals"].get(stage, {}).get(name, (None, None))
-    half = "" if low is None or high is None else f"{(high - low) / 2:.2g}"
-    return {"value": "–" if value is None else f"{value:.4g}", "half": half} | _difference(summary["differences"].get(stage, {}).get(name))
-
-
-def _difference(found: Mapping[str, Any] | None) -> dict[str, Any]:
-    if not found or found["low"] is None:
-        return {"difference": "", "sure": False}
-    text = f"{found['mean']:+.3g} ({found['low']:+.3g} to {found['high']:+.3g})"
-    return {"difference": text, "sure": found["low"] > 0 or found["high"] < 0}
+    cell = {"value": "–" if value is None else f"{value:.{places}f}"}
+    cell["half"] = "" if low is None or high is None else f"{(high - low) / 2:.{places}f}"
+    difference = summary["differences"].get(stage, {}).get(name)
+    if not difference or difference["low"] is None:
+        return cell | {"difference": "", "sure": False}
+    mean, low, high = (f"{difference[key]:+.{places}f}" for key in ("mean", "low", "high"))
+    return cell | {"difference": f"{mean} ({low} to {high})", "sure": difference["low"] > 0 or difference["high"] < 0}

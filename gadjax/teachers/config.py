@@ -58,15 +58,15 @@ class TeacherConfig(Section):
     model: str = "gpt-5-chat"
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
-    temperature: float = Field(1.0, ge=0, le=2)
-    max_tokens: int = Field(2048, ge=1)
-    samples: int = Field(1, ge=1)
-    concurrency: int = Field(16, ge=1, le=256)
-    max_cost: float = Field(20.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    max_tokens: int = Field(default=2048, ge=1)
+    samples: int = Field(default=1, ge=1)
+    concurrency: int = Field(default=16, ge=1, le=256)
+    max_cost: float = Field(default=20.0, ge=0)
     price: Price | None = None
-    timeout: float = Field(120.0, gt=0)
-    tries: int = Field(6, ge=1)
-    retry_wait: float = Field(1.0, ge=0)
+    timeout: float = Field(default=120.0, gt=0)
+    tries: int = Field(default=6, ge=1)
+    retry_wait: float = Field(default=1.0, ge=0)
     path: str | None = None
 
     @model_validator(mode="after")

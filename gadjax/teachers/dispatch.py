@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 
 LONGEST_WAIT = 60.0  # seconds that the growing wait between tries grows to
 GATHER_SECONDS = 0.02  # outcomes of so long share a transaction
+LEASE = 64  # requests leased at once: as many wait for another collector, at most, when this one is killed
 HELD_SECONDS = 0.5  # between looks at what another collector has leased
 FAILURES_IN_A_ROW = 32  # so many and the endpoint counts as broken
 
@@ -90,6 +91,7 @@ class Dispatcher:
         """Asks for every request that is pending in the cache.
 
         Args:
+            requests: rows of the cache; those that another collector holds are waited for.
             done: answers that are there already, for the progress.
 
         Raises:
@@ -129,7 +131,7 @@ class Dispatcher:
         """A request that is leased to us; None when there is nothing more to ask."""
         async with self._leasing:
             while not self._leased and self._open and not self._stop.is_set():
-                chunk = [self._open.popleft() for _ in range(min(4 * self._config.concurrency, len(self._open)))]
+                chunk = [self._open.popleft() for _ in range(min(LEASE, len(self._open)))]
                 taken, held = await self._in_thread(self._cache.lease, [request.key for request in chunk])
                 self._leased.extend(request for request in chunk if request.key in taken)
                 self._open.extend(request for request in chunk if request.key in held)

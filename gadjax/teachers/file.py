@@ -1,5 +1,6 @@
 """The teacher's answers that exist already, in a file; they go through the same cache as any others."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from gadjax.errors import UserError
@@ -51,3 +52,21 @@ def collect_from_file(requests: Sequence[Request], config: TeacherConfig, cache:
     Raises:
         UserError: the file is broken, or has no answer to one of the requests.
     """
+    wanted = {(str(request.messages), request.sample): request for request in requests}
+    total, seen, batch = len(wanted), Counter[str](), list[tuple[Request, Outcome]]()
+    for _, prompt, outcome in read_pairs(str(config.path)):
+        messages = str(prompt.messages)
+        request = wanted.pop((messages, seen[messages]), None)
+        seen[messages] += 1
+        if request:
+            batch.append((request, outcome))
+        if len(batch) == CHUNK:
+            cache.record(batch, replace=True)  # the file may have been mended since
+            on_progress(total - len(wanted), total)
+            batch = []
+    cache.record(batch, replace=True)
+    on_progress(total - len(wanted), total)
+    if wanted:
+        (_, sample), request = next(iter(wanted.items()))
+        what = f"{config.path} lacks {len(wanted)} answers, the first being number {sample + 1} to {request.messages[-1]['content'][:60]!r}"
+        raise UserError(WHERE, what, "add them, leave these prompts out or lower teacher.samples")

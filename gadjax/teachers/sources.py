@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
+from itertools import islice
 
 from gadjax.errors import UserError
 from gadjax.prompts import PromptsConfig, distinct, read_prompts
@@ -18,20 +19,64 @@ def load_prompts(prompts: PromptsConfig, teacher: TeacherConfig, seed: int) -> t
     """The training prompts and the validation prompts; no prompt is in both.
 
     Args:
+        prompts: the sources.
+        teacher: whose file of answers gives the prompts where no source does.
         seed: of the tutor's prompts, and of the choice of those held out.
 
     Raises:
         UserError: no source is given, or it is broken.
     """
-    if prompts.train is None and teacher.backend != "file":
-        raise UserError("prompts.train", "is not given", "name a .jsonl file, or tutor:6000 for prompts that the tutor makes")
-    made = iter(_tutor_prompts(prompts, seed))
-    if prompts.train is None:
-        train = _file_prompts(str(teacher.path))
-    else:
+    made = _tutor_prompts(prompts, seed)
+    if prompts.train is not None:
         train = _load(prompts.train, "prompts.train", made)
+    elif teacher.backend == "file":
+        train = _prompts_of_answers(str(teacher.path))
+    else:
+        raise UserError("prompts.train", "is not given", "name a .jsonl file, or tutor:6000 for prompts that the tutor makes")
     if prompts.validation is None:
         return hold_out(train, prompts.validation_share, seed)
     validation = _load(prompts.validation, "prompts.validation", made)
-    shared = {prompt.messages[-1]["content"] for prompt in train} 
+    _check_disjoint(train, validation)
     return train, validation
+
+
+def hold_out(prompts: list[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts but for a share of them, and that share: at least one prompt, the same for the same ids and seed."""
+    if len(prompts) < 2:
+        raise UserError("prompts.train", "has too few prompts to hold one out", "give more, or prompts.validation")
+    by_lot = sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt.id}".encode()).digest())
+    held = {prompt.id for prompt in by_lot[: max(1, round(share * len(prompts)))]}
+    return [prompt for prompt in prompts if prompt.id not in held], [prompt for prompt in prompts if prompt.id in held]
+
+
+def _load(source: str, where: str, made: Iterator[Prompt]) -> list[Prompt]:
+    count = _tutor_count(source)
+    return list(islice(made, count)) if count else read_prompts(source, where)
+
+
+def _tutor_prompts(prompts: PromptsConfig, seed: int) -> Iterator[Prompt]:
+    """As many prompts as both sources want of the tutor, drawn at once so that none comes twice."""
+    count = _tutor_count(prompts.train) + _tutor_count(prompts.validation)
+    return (Prompt.of(text) for text in grammar.prompts(count, seed))
+
+
+def _tutor_count(source: str | None) -> int:
+    match = TUTOR.fullmatch(source or "")
+    return int(match[1]) if match else 0
+
+
+def _prompts_of_answers(path: str) -> list[Prompt]:
+    """The prompts of a file of answers, each once, however many answers it has."""
+    found = dict[str, tuple[str, Prompt]]()
+    for place, prompt, _ in read_pairs(path):
+        found.setdefault(str(prompt.messages), (place, prompt))
+    return distinct(found.values())
+
+
+def _check_disjoint(train: list[Prompt], validation: list[Prompt]) -> None:
+    ids, texts = {prompt.id for prompt in train}, {str(prompt.messages) for prompt in train}
+    for prompt in validation:
+        if prompt.id in ids or str(prompt.messages) in texts:
+            raise UserError(
+                "prompts.validation", f"has {prompt.id} ({prompt.text[:60]!r}) of prompts.train", "remove it from one of the two"
+            )

@@ -13,10 +13,10 @@ from gadjax.teachers.config import FREE, TeacherConfig
 from gadjax.teachers.dispatch import OnProgress
 from gadjax.teachers.openai import collect_from_endpoint
 
+CONCURRENCY = 3  # more is slower: server and client share this process
 
-def complete(
-    messages: Sequence[Message], *, temperature: float, max_tokens: int | None, seed: int | None, n: int
-) -> Sequence[Completion]:
+
+def complete(messages: Sequence[Message], *, temperature: float, max_tokens: int | None, seed: int | None, n: int) -> Sequence[Completion]:
     """Answers the last message. The same messages and seed get the same answers, whatever was asked before.
 
     The temperature is not heeded: the tutor speaks from its grammar. Its tokens are words.
@@ -36,5 +36,6 @@ def _completion(prompt: str, answer: str, max_tokens: int | None) -> Completion:
 def collect_from_tutor(requests: Sequence[Request], config: TeacherConfig, cache: TeacherCache, on_progress: OnProgress) -> None:
     """Starts the tutor's server for as long as there is something to ask. Needs no key and costs nothing."""
     with Server(complete, model="tutor") as server:
-        endpoint = config.model_copy(update={"backend": "openai", "base_url": server.address, "price": FREE})
+        concurrency = min(config.concurrency, CONCURRENCY)
+        endpoint = config.model_copy(update={"backend": "openai", "base_url": server.address, "price": FREE, "concurrency": concurrency})
         collect_from_endpoint(requests, endpoint, cache, on_progress, key="tutor")

@@ -1,0 +1,97 @@
+"""From a config to frozen data: the teacher's answers collected, the student's folder found or made, token groups frozen."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from gadjax.config import Config
+from gadjax.data.snapshot import Example, Snapshot, freeze
+from gadjax.errors import UserError
+from gadjax.models.checkpoint import TOKENIZER_FILES
+from gadjax.models.fresh import write_fresh
+from gadjax.records import Answer, Prompt, TokenGroup
+from gadjax.runs import Run
+from gadjax.teachers.cache import TeacherCache
+from gadjax.teachers.collect import answers, collect
+from gadjax.teachers.sources import load_prompts
+from gadjax.terminal import say, track
+from gadjax.text import Text
+
+WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]  # what is fetched of a hub repository
+
+
+def collect_answers(run: Run) -> None:
+    """The teacher's answers to all prompts into the run's cache."""
+    config = run.config
+    train, validation = load_prompts(config.prompts, config.teacher, config.run.seed)
+    wanted = (len(train) + len(validation)) * config.teacher.samples
+    with TeacherCache(run.cache) as cache, track("collect", wanted) as advance:
+        summary = collect([*train, *validation], config.teacher, cache, lambda done, _: advance(done, ""))
+    missing = summary.refused + summary.failed
+    if missing or summary.truncated or summary.cost:
+        told = f"{summary.refused} refused, {summary.failed} failed, {summary.truncated} cut by length, ${summary.cost:.2f}"
+        say(f"collect: {summary.ok} of {summary.wanted} answers ({told})")
+
+
+def prepare_data(run: Run) -> Path:
+    """Freezes the cached answers as token groups, once, and returns the student's folder.
+
+    Data that a stage has begun to train on is kept as it is, whatever was collected since.
+    """
+    config = run.config
+    train, validation = load_prompts(config.prompts, config.teacher, config.run.seed)
+    with TeacherCache(run.cache) as cache:
+        answered = {"train": answers(train, config.teacher, cache), "validation": answers(validation, config.teacher, cache)}
+    prompts = {prompt.id: prompt for prompt in [*train, *validation]}
+    folder = student_folder(run, [text for answer in answered["train"] for text in (prompts[answer.prompt_id].text, answer.text)])
+    fingerprint = _fingerprint(config, folder, answered)
+    if run.data.exists():
+        if Snapshot.open(run.data).fingerprint == fingerprint:
+            return folder
+        if (run.folder / "stages").exists():
+            say(f"prepare: other answers or another tokenizer than in {run.data}; the stages go on with the data that they began with")
+            return folder
+    text = Text.load(str(folder))
+    freeze(run.data, {split: _examples(text, config, prompts, found) for split, found in answered.items()}, fingerprint)
+    say(f"prepare: {len(answered['train'])} groups to train on, {len(answered['validation'])} held out")
+    return folder
+
+
+def student_folder(run: Run, texts: Sequence[str]) -> Path:
+    """The student's Hugging Face folder: the config's, one fetched from the hub, or a fresh one made from the teacher's words."""
+    student = run.config.student
+    if student.random is not None:
+        folder = run.folder / "student"
+        if not folder.exists():
+            write_fresh(folder, student.random, texts, run.config.run.seed)
+        return folder
+    path = str(student.path)
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=WEIGHTS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        what = "is neither a folder nor a model that the hub gives"
+        raise UserError("student.path", f"{path} {what} ({type(error).__name__})", "name a Hugging Face folder or hub model") from error
+
+
+def _examples(text: Text, config: Config, prompts: dict[str, Prompt], found: Sequence[Answer]) -> Iterator[Example]:
+    for answer in found:
+        prompt = prompts[answer.prompt_id]
+        ids = text.prompt_ids(prompt.messages, config.data.max_prompt_tokens)
+        response = text.response_ids(answer.text, config.data.max_response_tokens, answer.truncated)
+        yield Example(prompt, answer, TokenGroup(prompt.id, ids, response))
+
+
+def _fingerprint(config: Config, folder: Path, answered: dict[str, list[Answer]]) -> dict[str, str]:
+    """All that the frozen tokens depend on."""
+    tokenizer = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            tokenizer.update(name.encode() + (folder / name).read_bytes())
+    texts = hashlib.sha256(repr(answered).encode())
+    lengths = f"{config.data.max_prompt_tokens}, {config.data.max_response_tokens}"
+    return {"tokenizer": tokenizer.hexdigest(), "answers": texts.hexdigest(), "lengths": lengths}

@@ -1,0 +1,146 @@
+"""Prompts: what their files may hold, what is refused and where, and how they are split."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gadjax.errors import UserError
+from gadjax.prompts import PromptsConfig, checked_messages, read_prompts
+from gadjax.records import Prompt
+from gadjax.teachers.config import TeacherConfig
+from gadjax.teachers.sources import hold_out, load_prompts
+
+TUTOR = TeacherConfig(backend="tutor")
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "one\u2028 é"},
+    {"id": "b", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "two", "name": "x"}]},
+    {"id": 3, "prompt": "three"},
+]
+MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+SCHEMA = pyarrow.schema([("id", pyarrow.string()), ("prompt", pyarrow.string()), ("messages", MESSAGES)])
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_both_kinds_of_rows_are_read(tmp_path: Path) -> None:
+    prompts = read_prompts(write(tmp_path / "a.jsonl", *ROWS, "\n"), "prompts.train")
+    assert prompts == [
+        Prompt.of("one\u2028 é"),
+        Prompt("b", ({"role": "system", "content": "s"}, {"role": "user", "content": "two"})),
+        Prompt.of("three", "3"),
+    ]
+
+
+def test_compressed_files_and_parquet_hold_the_same_prompts(tmp_path: Path) -> None:
+    expected = read_prompts(write(tmp_path / "a.jsonl", *ROWS), "prompts.train")
+    content = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    with pyarrow.output_stream(tmp_path / "a.jsonl.zst", compression="zstd") as stream:
+        stream.write(content)
+    rows = [{**row, "id": str(row["id"]) if "id" in row else None} for row in ROWS]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, SCHEMA), tmp_path / "a.parquet")
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        assert read_prompts(str(tmp_path / name), "prompts.train") == expected
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl.{suffix}"
+    with pyarrow.output_stream(path, compression="gzip" if suffix == "gz" else "zstd") as stream:
+        stream.write(json.dumps(ROWS[0]).encode() + b"\n")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="cannot be read after line"):
+        read_prompts(str(path), "prompts.train")
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ('{"prompt": "x"\n', "is not JSON"),
+        ("[" * 100_000 + "\n", "is not JSON"),
+        ("[1]\n", "is not a JSON object"),
+        ({"text": "x"}, "neither `prompt` nor `messages`"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": " \n"}, "empty"),
+        ({"prompt": 3}, "not a list of messages"),
+        ({"messages": []}, "neither `prompt` nor `messages`"),
+        ({"messages": [{"role": "user"}]}, "not a string"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "no role out of"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "the last message is the assistant's"),
+        ('{"prompt": "\\ud800"}\n', "not valid Unicode"),
+        ({"prompt": "first"}, r"its id or text is that of .*a.jsonl, line 1"),
+        ({"prompt": "other", "id": "b"}, r"its id or text is that of .*a.jsonl, line 2"),
+    ],
+)
+def test_a_broken_row_is_told_with_its_line(tmp_path: Path, row: object, what: str) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "first"}, {"prompt": "second", "id": "b"}, row)
+    with pytest.raises(UserError, match=what) as told:
+        read_prompts(path, "prompts.train")
+    assert told.value.where == f"{path}, line 3"
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no file"):
+        read_prompts(str(tmp_path / "none.jsonl"), "prompts.train")
+    with pytest.raises(UserError, match="is none of"):
+        read_prompts("prompts.csv", "prompts.train")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+    with pytest.raises(UserError, match="UTF-8"):
+        read_prompts(str(tmp_path / "latin.jsonl"), "prompts.train")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(str(tmp_path / "a.parquet"), "prompts.train")
+
+
+def test_a_conversation_may_not_be_a_string() -> None:
+    with pytest.raises(UserError, match="not a list"):
+        checked_messages("user", "messages")
+
+
+def test_the_tutor_s_prompts_are_split_without_overlap() -> None:
+    train, validation = load_prompts(PromptsConfig(train="tutor:40", validation="tutor:10"), TUTOR, seed=1)
+    assert (len(train), len(validation)) == (40, 10)
+    assert len({prompt.text for prompt in [*train, *validation]}) == 50
+    assert (train, validation) == load_prompts(PromptsConfig(train="tutor:40", validation="tutor:10"), TUTOR, seed=1)
+    assert train != load_prompts(PromptsConfig(train="tutor:40", validation="tutor:10"), TUTOR, seed=2)[0]
+
+
+def test_a_share_is_held_out_where_no_validation_is_given() -> None:
+    everything = [Prompt.of(text) for text in "abcdefghijklmnopqrst"]
+    train, validation = hold_out(everything, 0.1, seed=0)
+    assert (len(train), len(validation)) == (18, 2)
+    assert train == [prompt for prompt in everything if prompt not in validation]  # the order stays
+    assert hold_out(everything[::-1], 0.1, seed=0)[1] == validation[::-1]  # the choice is by id, not by place
+    assert hold_out(everything, 0.1, seed=1)[1] != validation
+    split = load_prompts(PromptsConfig(train="tutor:40", validation_share=0.1), TUTOR, seed=0)
+    assert list(map(len, split)) == [36, 4]
+
+
+def test_a_validation_prompt_of_the_training_set_is_refused(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", {"prompt": "same", "id": "a"}, {"prompt": "x"})
+    validation = write(tmp_path / "validation.jsonl", {"prompt": "same", "id": "b"})
+    with pytest.raises(UserError, match=r"^prompts.validation: has b"):
+        load_prompts(PromptsConfig(train=train, validation=validation), TUTOR, seed=0)
+
+
+def test_a_source_is_needed() -> None:
+    with pytest.raises(UserError, match=r"^prompts.train: is not given"):
+        load_prompts(PromptsConfig(), TUTOR, seed=0)
+    with pytest.raises(UserError, match="too few"):
+        load_prompts(PromptsConfig(train="tutor:1"), TUTOR, seed=0)
+
+
+def test_a_file_of_answers_gives_its_prompts_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *({"prompt": f"p{i % 10}", "response": f"r{i}"} for i in range(20)))
+    teacher = TeacherConfig(backend="file", path=path)
+    train, validation = load_prompts(PromptsConfig(), teacher, seed=0)
+    assert sorted(prompt.text for prompt in [*train, *validation]) == [f"p{i}" for i in range(10)]
+    assert len(validation) == 1

@@ -1,0 +1,237 @@
+"""The report page: what it shows, that hostile text stays text, and the charts' geometry."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gadjax.errors import UserError
+from gadjax.metrics import MetricsLog
+from gadjax.report.charts import Series, bar_chart, line_chart, number
+from gadjax.report.curves import PANELS, stage_charts
+from gadjax.report.page import write_report
+
+HOSTILE = "</pre></main><script>alert(1)</script><img src=x onerror=alert(2)>\"'& {{ 7 * 7 }} \ud800"
+LINKS = {"src", "href", "srcset", "data", "action", "poster"}
+VOID = {"meta", "br", "img", "line", "circle"}
+
+
+class Page(HTMLParser):
+    """Reads a page: every tag must be closed in order; collects tags, attributes and text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.tags, self.links, self.texts = list[str](), list[str](), list[str](), list[str]()
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]):
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in LINKS or name.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def answer_row(i: int, text: str, style: str | None = None) -> dict[str, Any]:
+    mark = {"valid": True, "correct": False, "style": style} if style else {}
+    sample = {"text": text, "tokens": 7, "log_prob": -1.0, "truncated": i == 0} | mark
+    messages = [{"role": "user", "content": f"question {i} {HOSTILE}"}]
+    return {"id": f"p{i}", "messages": messages, "teacher": {"text": f"taught {i}"} | mark, "greedy": [sample], "sampled_0_8": [sample]}
+
+
+def write_answers(run: Path, stage: str, rows: list[dict[str, Any]]):
+    (run / "evaluation").mkdir(exist_ok=True)
+    (run / "evaluation" / f"{stage}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+SUMMARY = {
+    "stages": {"seqkd": {"rouge_l": 0.25, "mine<b>": 1.0}, "gad": {"rouge_l": 0.5, "mine<b>": None}},
+    "intervals": {"seqkd": {"rouge_l": [0.2, 0.3]}, "gad": {"rouge_l": [0.4, 0.6]}},
+    "differences": {"gad": {"rouge_l": {"mean": 0.25, "low": 0.125, "high": 0.375}}},
+    "baseline": "seqkd",
+    "prompts": 3,
+    "seconds": 3700.0,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of two stages with everything that a report shows; all texts in it are hostile."""
+    folder = tmp_path / "quick<start>"
+    for stage in ("seqkd", "gad"):
+        with MetricsLog(folder / "stages" / stage, folder / "tensorboard" / stage) as log:
+            for step in range(1, 4):
+                log.write(step, {"student/loss": 1 / step, "validation/rouge_l": 0.1 * step, "validation/new<b>": math.nan})
+        write_answers(folder, stage, [answer_row(i, f"{stage} says {i} {HOSTILE}", style="song") for i in range(3)])
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    return folder
+
+
+def page(folder: Path) -> Page:
+    return Page(write_report(folder, ["student", "seqkd", "gad"]).read_text(encoding="utf-8"))
+
+
+def test_the_page_shows_everything(run: Path):
+    text = page(run).text
+    for words in ("quick<start>", "1 h 1 min in all", "3 validation prompts", "mine<b>", "Comparison", "Styles", "Answers", "Stage gad"):
+        assert words in text, words
+    assert "0.250 ± 0.050" in text
+    assert "+0.250 (+0.125 to +0.375)" in text
+    assert "taught 2" in text
+    assert "gad says 2" in text
+    assert "7 tokens, cut off, style song, valid, not correct" in text
+    assert text.count("teacher") >= 3
+
+
+def test_hostile_text_stays_text(run: Path):
+    found = page(run)
+    assert not {"script", "img", "iframe", "object", "link", "base"} & set(found.tags)
+    assert all(re.fullmatch(r"#[a-z0-9-]+", link) for link in found.links), found.links
+    assert "<script>alert(1)</script>" in found.text
+    assert "{{ 7 * 7 }}" in found.text
+
+
+def test_the_page_loads_nothing(run: Path):
+    html = write_report(run, ["seqkd", "gad"]).read_text(encoding="utf-8")
+    assert "default-src 'none'" in html
+    assert not re.search(r"https?://|@import|url\(", html)
+
+
+def test_a_style_that_is_used_twice_as_often_has_a_bar_twice_as_high():
+    chart = bar_chart("Styles", "share", ["song", "none"], {"teacher": [0.5, 0.25], "gad": [0.25, 0.0]}, {"teacher": 0, "gad": 9})
+    bars = [(colour, float(height)) for colour, height in re.findall(r'<rect class="(k\d)".*?height="([\d.]+)"', chart.svg)]
+    assert [colour for colour, _ in bars] == ["k0", "k1", "k0", "k1"]
+    assert bars[0][1] == pytest.approx(2 * bars[1][1], abs=0.2)
+    assert bars[1][1] == pytest.approx(bars[2][1], abs=0.2)
+    assert bars[3][1] == 0
+
+
+def test_styles_are_shares_of_the_samples(run: Path):
+    write_answers(run, "gad", [answer_row(i, "x", style="song" if i else "none") for i in range(3)])
+    found = page(run).text
+    assert "gad, song: 0.6667" in found
+    assert "gad, none: 0.3333" in found
+    assert "teacher, song: 1" in found
+
+
+def test_without_the_tutor_there_are_no_styles(run: Path):
+    for stage in ("seqkd", "gad"):
+        write_answers(run, stage, [answer_row(i, "x") for i in range(3)])
+    assert "Styles" not in page(run).text
+
+
+def test_only_prompts_that_all_stages_answered_are_shown_and_not_too_many(run: Path):
+    write_answers(run, "seqkd", [answer_row(i, f"seqkd says {i}.") for i in range(100)])
+    write_answers(run, "gad", [answer_row(i, f"gad says {i}.") for i in range(50, 100)])
+    text = page(run).text
+    shown = [int(i) for i in re.findall(r"seqkd says (\d+)\.", text)]
+    assert len(set(shown)) == 12
+    assert min(shown) == 50
+    assert max(shown) > 90
+    assert "12 of 100 validation prompts" in text
+
+
+def test_long_answers_are_cut(run: Path):
+    for stage in ("seqkd", "gad"):
+        write_answers(run, stage, [answer_row(0, "y" * 50_000)])
+    text = page(run).text
+    assert "(42000 more characters)" in text
+    assert re.findall("y{9,}", text) == ["y" * 8000] * 4  # two stages, two ways of decoding
+
+
+def test_an_unfinished_run_has_a_page(tmp_path: Path):
+    assert "nothing to show yet" in page(tmp_path).text
+    with MetricsLog(tmp_path / "stages" / "seqkd", tmp_path / "tensorboard") as log:
+        log.write(1, {"student/loss": 2.0})
+    text = page(tmp_path).text
+    assert "Stage seqkd" in text
+    assert "Comparison" not in text
+
+
+def test_no_run_and_broken_files_are_told(run: Path):
+    with pytest.raises(UserError, match="no such run"):
+        write_report(run / "other", [])
+    (run / "evaluation" / "gad.jsonl").write_text("{")
+    with pytest.raises(UserError, match="gad.jsonl"):
+        page(run)
+    (run / "evaluation" / "gad.jsonl").unlink()
+    (run / "summary.json").write_text("{")
+    with pytest.raises(UserError, match="summary.json"):
+        page(run)
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+def path_of(svg: str, which: int = 0) -> list[list[tuple[float, float]]]:
+    """The points of a path, one list per unbroken piece."""
+    commands = re.findall(r'<path[^>]* d="([^"]*)"', svg)[which]
+    return [[tuple(map(float, point.split())) for point in piece.split("L")] for piece in commands.split("M")[1:]]  # type: ignore[misc]
+
+
+def test_a_line_goes_from_corner_to_corner():
+    svg = line_chart("t", "u", [Series("a", [1, 2, 3], [0, 5, 10], 1)]).svg
+    ((first, middle, last),) = path_of(svg)
+    assert first == (52, 196)
+    assert last[0] == 470
+    assert last[1] == pytest.approx(8 + (196 - 8) * 0.5 / 10.5, abs=0.1), "5 % of room above"
+    assert middle == pytest.approx(((52 + 470) / 2, (196 + last[1]) / 2), abs=0.1)
+    assert [float(text) for text in re.findall(r'text-anchor="end">([\d.]+)<', svg)] == [0, 5, 10]
+
+
+def test_nan_breaks_the_line_and_is_no_part_of_the_axis():
+    chart = line_chart("t", "u", [Series("a", [1, 2, 3, 4], [1, math.nan, 2, math.inf], 1)])
+    assert [len(piece) for piece in path_of(chart.svg)] == [1, 1]
+    assert "nan" not in chart.svg
+    assert chart.legend == (("a", 1, "2"),)
+    assert line_chart("t", "u", [Series("a", [1], [math.nan], 1)]).legend[0][2] == "no finite value"
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0], [-3.0, -3.0], [1e-9, 2e-9], [1e12, 1e12], [0.1, 0.1 + 1e-15]])
+def test_flat_and_extreme_values_are_drawn_inside(values: list[float]):
+    chart = line_chart("t", "u", [Series("a", list(range(len(values))), values, 1)], from_zero=False)
+    for x, y in (point for piece in path_of(chart.svg) for point in piece):
+        assert 52 <= x <= 470
+        assert 8 <= y <= 196
+
+
+def test_a_long_line_is_thinned_and_smoothed():
+    ys = [float(i % 2) for i in range(10_000)]
+    svg = line_chart("t", "u", [Series("a", list(range(10_000)), ys, 1)]).svg
+    assert len(path_of(svg, 0)[0]) == len(path_of(svg, 1)[0]) <= 300
+    assert len(svg) < 20_000
+
+
+def test_labels_are_escaped():
+    chart = line_chart("<i>", "<u>", [Series("<b>", [1, 2], [1, 2], 1)])
+    assert "<b>" not in chart.svg
+    assert "<i>" not in chart.svg
+
+
+def test_panels_are_drawn_where_there_are_metrics():
+    rows = [{"step": step, "discriminator/margin": 1.0, "student/entropy": 2.0} for step in range(3)]
+    assert [chart.title for chart in stage_charts(rows)] == ["Margin", "Entropy"]
+    assert len({panel.title for panel in PANELS}) == len(PANELS)
+
+
+@pytest.mark.parametrize(("value", "text"), [(12345.0, "12.35k"), (0.30000000000000004, "0.3"), (0.0, "0"), (1234.5, "1234")])
+def test_numbers(value: float, text: str):
+    assert number(value) == text
