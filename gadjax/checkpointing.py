@@ -43,8 +43,9 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state after `step` steps, laid out as the shardings in `abstract` say."""
-        roles = {name: self.restore_role(step, name, role) for name, role in abstract._asdict().items() if role is not None}
-        return TrainState(**({"discriminator": None} | roles)), self.restore_host(step)
+        student = self.restore_role(step, "student", abstract.student)
+        discriminator = None if abstract.discriminator is None else self.restore_role(step, "discriminator", abstract.discriminator)
+        return TrainState(student, discriminator), self.restore_host(step)
 
     def restore_role(self, step: int, name: str, abstract: Role) -> Role:
         """One model with its optimizer: `student` or `discriminator`."""
@@ -53,4 +54,3 @@ class Checkpoints:
     def restore_host(self, step: int) -> dict[str, Any]:
         """What the host saved with it."""
         return self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
-

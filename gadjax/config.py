@@ -35,9 +35,9 @@ class RunConfig(Section):
         seed: of everything random.
     """
 
-    name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     folder: str = "runs"
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
     @property
     def path(self) -> Path:
@@ -78,10 +78,10 @@ class DataConfig(Section):
         rows: M, packed rows of a micro-batch; by default one per data-parallel device.
     """
 
-    max_prompt_tokens: int = Field(2048, ge=1)
-    max_response_tokens: int = Field(1536, ge=1)
-    row_tokens: int | None = Field(None, ge=2)
-    rows: int | None = Field(None, ge=1)
+    max_prompt_tokens: int = Field(default=2048, ge=1)
+    max_response_tokens: int = Field(default=1536, ge=1)
+    row_tokens: int | None = Field(default=None, ge=2)
+    rows: int | None = Field(default=None, ge=1)
 
 
 def _default_stages() -> dict[str, StageConfig]:

@@ -32,15 +32,24 @@ def bradley_terry(teacher_B: jax.Array, student_BN: jax.Array) -> jax.Array:
     return jax.nn.softplus(student_BN - teacher_B[:, None])
 
 
+def group_spread(rewards_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each reward's distance from its group's mean, [B, N], and the group's standard deviation with ddof = 1, [B].
+
+    Both are exactly 0 where all rewards of a group are equal: the first reward is taken off before the mean, which would
+    round otherwise.
+    """
+    shifted_BN = rewards_BN - rewards_BN[:, :1]
+    centred_BN = shifted_BN - jnp.mean(shifted_BN, axis=1, keepdims=True)
+    return centred_BN, jnp.std(shifted_BN, axis=1, ddof=1)
+
+
 def group_advantages(rewards_BN: jax.Array) -> jax.Array:
-    """A_i = (r_i - mean r) / (std r + 1e-6) within each group, std with ddof = 1 (GRPO). [B, N] -> [B, N], N >= 2."""
-    centred = rewards_BN - jnp.mean(rewards_BN, axis=1, keepdims=True)
-    return centred / (jnp.std(rewards_BN, axis=1, ddof=1, keepdims=True) + 1e-6)
+    """A_i = (r_i - mean r) / (std r + 1e-6) within each group (GRPO). [B, N] -> [B, N], N >= 2."""
+    centred_BN, spread_B = group_spread(rewards_BN)
+    return centred_BN / (spread_B[:, None] + 1e-6)
 
 
-def clipped_surrogate(
-    log_ratio: jax.Array, advantage: jax.Array, clip: float = 0.2, dual_clip: float = 3.0
-) -> tuple[jax.Array, jax.Array]:
+def clipped_surrogate(log_ratio: jax.Array, advantage: jax.Array, clip: float = 0.2, dual_clip: float = 3.0) -> tuple[jax.Array, jax.Array]:
     """The negated objective -min(ρA, clip(ρ, 1 - ε, 1 + ε) A) of each token, bounded by -cA where A < 0 (PPO, dual clip).
 
     Args:

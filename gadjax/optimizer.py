@@ -1,5 +1,7 @@
 """The optimizer of both models: AdamW behind a global-norm clip, from a config to an optax chain."""
 
+from typing import Any
+
 import jax
 import optax
 from pydantic import Field
@@ -18,10 +20,10 @@ class OptimizerConfig(Section):
         b2: decay of the second moment.
     """
 
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(0.2, gt=0)
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float = Field(default=0.2, gt=0)
+    b1: float = Field(default=0.9, ge=0, lt=1)
+    b2: float = Field(default=0.999, ge=0, lt=1)
 
 
 def make_optimizer(config: OptimizerConfig, learning_rate: float) -> optax.GradientTransformation:
@@ -37,4 +39,5 @@ def update(optimizer: optax.GradientTransformation, role: Role, grads: Params) -
     # optax mixes dtypes inside (counts and float32 moments), which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         updates, state = optimizer.update(grads, role.optimizer, role.params)
-        return Role(optax.apply_updates(role.params, updates), state), optax.global_norm(grads)
+        params: Any = optax.apply_updates(role.params, updates)
+        return Role(params, state), optax.tree.norm(grads)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import Field, field_validator
 
 from gadjax.errors import UserError
@@ -41,9 +41,9 @@ class MeshConfig(Section):
         tensor: parts into which heads, vocabulary and the feed-forward width are divided.
     """
 
-    data: int = Field(1, ge=1)
-    fsdp: int = Field(-1)
-    tensor: int = Field(1, ge=1)
+    data: int = Field(default=1, ge=1)
+    fsdp: int = Field(default=-1)
+    tensor: int = Field(default=1, ge=1)
 
     @field_validator("fsdp")
     @classmethod
@@ -53,7 +53,7 @@ class MeshConfig(Section):
         raise ValueError("must be -1 (all the devices that are left) or at least 1")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config over `devices` (all of them by default). A mesh that they do not fill is a UserError."""
     devices = jax.devices() if devices is None else devices
     fsdp = len(devices) // (config.data * config.tensor) if config.fsdp == -1 else config.fsdp
@@ -69,7 +69,7 @@ def row_multiple(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of an array with these logical names; a dimension that its axes do not divide is not divided."""
     spec: list[Any] = []
     for name, size in zip(names, shape, strict=True):

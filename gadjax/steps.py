@@ -21,6 +21,7 @@ from gadjax.algorithms.registry import ALGORITHMS
 from gadjax.algorithms.stage import Algorithm, SamplingStageConfig, StageConfig
 from gadjax.config import Config, DataConfig
 from gadjax.data.packing import RowShape
+from gadjax.errors import UserError
 from gadjax.models.decoder import DecoderConfig, Network, discriminator, language_model
 from gadjax.optimizer import make_optimizer
 from gadjax.rollout.engine import SamplingPlan, make_generate
@@ -31,14 +32,19 @@ ROW_MULTIPLE = 8  # rows are a multiple of this long
 
 
 def row_shape(data: DataConfig, mesh: Mesh, groups: int, responses: int) -> RowShape:
-    """The rows for any batch of `groups` groups of `responses` responses."""
-    largest = data.max_prompt_tokens + responses * data.max_response_tokens
+    """The rows for any batch of `groups` groups of `responses` responses.
+
+    Raises:
+        UserError: a row cannot hold a prompt and a response.
+    """
+    lengths = {"prompt_tokens": data.max_prompt_tokens, "response_tokens": data.max_response_tokens}
+    shortest, largest = sum(lengths.values()), data.max_prompt_tokens + responses * data.max_response_tokens
     length = data.row_tokens or -(-largest // ROW_MULTIPLE) * ROW_MULTIPLE
+    if length < shortest:
+        raise UserError("data.row_tokens", f"{length} is less than a prompt and a response", f"make it at least {shortest}")
     multiple = row_multiple(mesh)
-    rows = -(-(data.rows or 1) // multiple) * multiple
-    return RowShape.holding(
-        groups, responses, prompt_tokens=data.max_prompt_tokens, response_tokens=data.max_response_tokens, rows=rows, length=length
-    )
+    rows = max(data.rows or 1, RowShape.rows_of_largest(responses, length=length, **lengths))
+    return RowShape.holding(groups, responses, rows=-(-rows // multiple) * multiple, length=length, **lengths)
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ class Sampler:
         place = partial(self._models.place)
         step_array = jax.device_put(np.int32(step), replicated(self._models.mesh))
         rollout = self._run(params, place(ids, "groups", None), place(lengths, "groups"), key, step_array)
-        return Rollout(*(np.asarray(jax.device_get(array))[:count] for array in rollout))
+        return jax.tree.map(lambda array: array[:count], jax.device_get(rollout))
 
 
 def responses_of(rollout: Rollout) -> tuple[list[list[tuple[int, ...]]], list[list[list[float]]]]:

@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any, cast
 
 import jinja2
@@ -95,13 +96,8 @@ class Text:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a response up to its end of turn, without any control token."""
-        kept = []
-        for id in map(int, ids):
-            if id == self.end_of_turn:
-                break
-            if id not in self.control:
-                kept.append(id)
-        return self._content.decode(kept, skip_special_tokens=False)
+        kept = takewhile(lambda id: id != self.end_of_turn, map(int, ids))
+        return self._content.decode(list(kept), skip_special_tokens=False)  # which knows no control token and leaves them out
 
     def _render(self, turns: list[Message], header: bool) -> list[tuple[str, int | None]]:
         """The rendered conversation in pieces: template text (None), or a content with the index of its message."""

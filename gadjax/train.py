@@ -21,7 +21,7 @@ from gadjax.metrics import MetricsLog
 from gadjax.records import TokenGroup
 from gadjax.session import Session
 from gadjax.sharding import replicated
-from gadjax.steps import Programs, Sampler, responses_of
+from gadjax.steps import Programs, responses_of
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
 from gadjax.validation import Validator
@@ -128,7 +128,7 @@ def train_stage(session: Session, name: str) -> None:
             abstract = session.models.abstract_state(stage.state.discriminator is not None)
             stage.state, host = checkpoints.restore(done, abstract)
             data.set_state(host["data"])
-            stage.key = jax.device_put(jax.random.wrap_key_data(np.asarray(host["key"], np.uint32)), stage.key.sharding)
+            stage.key = jax.device_put(jax.random.wrap_key_data(jnp.array(host["key"], jnp.uint32)), stage.key.sharding)
         with MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) as log:
             _loop(stage, data, log, checkpoints, done, total)
 

@@ -1,5 +1,7 @@
 """What travels on the device: packed rows, rollouts and the state of training. Pytrees of arrays, nothing else.
 
+On the host, where rows are packed and rollouts are read, the same pytrees hold NumPy arrays.
+
 Letters: B groups in the batch, J responses of a group, N student responses, R response tokens, A micro-batches, M rows of
 a micro-batch, L tokens of a row.
 
@@ -48,7 +50,7 @@ class PackedRows(NamedTuple):
         ends_BJ: int32 flat index into [M * L] of the response's last token.
         first_BJ: int32 index of the first response of the group with the same tokens; its own index if there is none.
         used: int32 scalar, the number of micro-batches with tokens in them; the first ones.
-        count: float32 scalar, the number of response tokens in the batch: what a token mean divides by.
+        total: float32 scalar, the number of response tokens in the batch: what a token mean divides by.
     """
 
     cells: Cells
@@ -56,7 +58,7 @@ class PackedRows(NamedTuple):
     ends_BJ: jax.Array
     first_BJ: jax.Array
     used: jax.Array
-    count: jax.Array
+    total: jax.Array
 
 
 class MicroBatch(NamedTuple):
@@ -66,13 +68,13 @@ class MicroBatch(NamedTuple):
         cells: its tokens; every field is [M, L].
         here_BJ: bool, whether the response is in this micro-batch.
         ends_BJ: as in `PackedRows`.
-        count: as in `PackedRows`: of the whole batch.
+        total: as in `PackedRows`: of the whole batch.
     """
 
     cells: Cells
     here_BJ: jax.Array
     ends_BJ: jax.Array
-    count: jax.Array
+    total: jax.Array
 
 
 class Rollout(NamedTuple):

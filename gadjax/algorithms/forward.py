@@ -21,7 +21,7 @@ Sums = TypeVar("Sums")  # a pytree of arrays that add up over micro-batches
 def micro_batch(rows: PackedRows, index: jax.Array) -> MicroBatch:
     """Micro-batch `index` of the batch, its rows divided over the mesh."""
     cells = jax.tree.map(lambda cell: constrain(jax.lax.dynamic_index_in_dim(cell, index, keepdims=False), "rows", None), rows.cells)
-    return MicroBatch(cells, rows.micro_BJ == index, rows.ends_BJ, rows.count)
+    return MicroBatch(cells, rows.micro_BJ == index, rows.ends_BJ, rows.total)
 
 
 def accumulate(loss: Callable[[Params, MicroBatch], tuple[jax.Array, Sums]], params: Params, rows: PackedRows) -> tuple[Params, Sums]:

@@ -18,7 +18,6 @@ Letters: B groups, J = 1 + N responses of a group with the teacher's first, N st
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +42,9 @@ class GadConfig(SamplingStageConfig):
         kl_weight: β.
     """
 
-    algorithm: Literal["gad"] = "gad"
-    group_size: int = Field(8, ge=2)
-    kl_weight: float = Field(0.001, ge=0)
+    algorithm: str = "gad"
+    group_size: int = Field(default=8, ge=2)
+    kl_weight: float = Field(default=0.001, ge=0)
 
 
 def common_scores(scores_BJ: jax.Array, first_BJ: jax.Array) -> jax.Array:
@@ -106,7 +105,7 @@ def make_discriminator_step(network: Network, optimizer: optax.GradientTransform
 
 def reward_metrics(rewards_BN: jax.Array) -> Metrics:
     """The rewards' mean, their spread within groups, and the share of groups without any."""
-    spread_B = jnp.std(rewards_BN, axis=1, ddof=1)
+    _, spread_B = losses.group_spread(rewards_BN)
     return {
         "student/reward_mean": jnp.mean(rewards_BN),
         "student/reward_std": jnp.mean(spread_B),
@@ -118,16 +117,18 @@ def make_student_step(network: Network, optimizer: optax.GradientTransformation,
     """Builds `step(student, rows, guidance) -> (student, metrics)`; the rows hold prompt + N students per group."""
 
     def share(values_ML: jax.Array, micro: MicroBatch) -> jax.Array:
-        return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.count
+        return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.total
 
     def step(role: Role, rows: PackedRows, guidance: Guidance) -> tuple[Role, Metrics]:
-        rewards_BN = guidance.scores_BJ[:, 1:]
+        reference, scores_BJ = guidance.reference, guidance.scores_BJ
+        assert reference is not None and scores_BJ is not None
+        rewards_BN = scores_BJ[:, 1:]
         advantages_BN = losses.group_advantages(rewards_BN)
 
         def loss(params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:
             cells = micro.cells
             logp_ML, entropy_ML = response_log_probs(network, params, cells, temperature)
-            logp_ref_ML, _ = response_log_probs(network, guidance.reference, cells, temperature)
+            logp_ref_ML, _ = response_log_probs(network, reference, cells, temperature)
             advantage_ML = advantages_BN[cells.groups_ML, jnp.maximum(cells.responses_ML, 0)]
             surrogate_ML, clipped_ML = losses.clipped_surrogate(logp_ML - jax.lax.stop_gradient(logp_ML), advantage_ML)
             kl_ML = losses.k3(logp_ref_ML, logp_ML)

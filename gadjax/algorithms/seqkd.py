@@ -1,10 +1,9 @@
 """SeqKD: cross entropy on the teacher's text (sequence-level knowledge distillation), the paper's baseline and warm-up.
 
-    L = - token-mean[ log p(y_t | x, y_<t) ]     at T = 1, over all response tokens of the global batch, end of turn included
+L = - token-mean[ log p(y_t | x, y_<t) ]     at T = 1, over all response tokens of the global batch, end of turn included
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +19,12 @@ from gadjax.types import Metrics, MicroBatch, PackedRows, Params, Role
 class SeqkdConfig(StageConfig):
     """The supervised stage."""
 
-    algorithm: Literal["seqkd"] = "seqkd"
+    algorithm: str = "seqkd"
 
 
 def _micro_loss(network: Network, params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:
     logp_ML, entropy_ML = response_log_probs(network, params, micro.cells, temperature=1.0)
-    sums = {"student/loss": -jnp.sum(logp_ML) / micro.count, "student/entropy": jnp.sum(entropy_ML) / micro.count}
+    sums = {"student/loss": -jnp.sum(logp_ML) / micro.total, "student/entropy": jnp.sum(entropy_ML) / micro.total}
     return sums["student/loss"], sums
 
 

@@ -24,9 +24,9 @@ class DiscriminatorConfig(Section):
             with a fresh head. By default the stage's own `from` if that has a discriminator, else `student`.
     """
 
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     train: bool = True
-    from_: str | None = Field(None, alias="from")
+    from_: str | None = Field(default=None, alias="from")
 
 
 class StageConfig(Section):
@@ -44,13 +44,13 @@ class StageConfig(Section):
     """
 
     algorithm: str
-    from_: str = Field("student", alias="from")
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    batch_groups: int = Field(256, ge=1)
-    learning_rate: float = Field(1e-6, gt=0)
-    checkpoint_every: int = Field(50, ge=1)
-    validate_every: int = Field(50, ge=1)
+    from_: str = Field(default="student", alias="from")
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_groups: int = Field(default=256, ge=1)
+    learning_rate: float = Field(default=1e-6, gt=0)
+    checkpoint_every: int = Field(default=50, ge=1)
+    validate_every: int = Field(default=50, ge=1)
 
 
 class SamplingStageConfig(StageConfig):
@@ -62,8 +62,8 @@ class SamplingStageConfig(StageConfig):
         discriminator: its discriminator.
     """
 
-    group_size: int = Field(8, ge=1)
-    temperature: float = Field(0.8, gt=0)
+    group_size: int = Field(default=8, ge=1)
+    temperature: float = Field(default=0.8, gt=0)
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 

@@ -4,8 +4,6 @@ The paper's section 2: without it the discriminator tells the two apart at a gla
 first steps the discriminator learns alone.
 """
 
-from typing import Literal
-
 from pydantic import Field
 
 from gadjax.algorithms import gad, seqkd
@@ -21,14 +19,14 @@ class WarmupDiscriminatorConfig(DiscriminatorConfig):
         only_first_steps: steps at the beginning in which the discriminator learns and the student does not.
     """
 
-    only_first_steps: int = Field(10, ge=0)
+    only_first_steps: int = Field(default=10, ge=0)
 
 
 class WarmupConfig(SamplingStageConfig):
     """The stage that warms both models up."""
 
-    algorithm: Literal["warmup"] = "warmup"
-    discriminator: WarmupDiscriminatorConfig = WarmupDiscriminatorConfig()
+    algorithm: str = "warmup"
+    discriminator: WarmupDiscriminatorConfig = WarmupDiscriminatorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen: it is only read
 
 
 def build(config: WarmupConfig, optimizer: OptimizerConfig, student: Network, discriminator: Network) -> Algorithm:

@@ -6,6 +6,7 @@ prompt and response allowed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -30,19 +31,21 @@ class RowShape:
     rows: int
     length: int
 
+    @staticmethod
+    def rows_of_largest(responses: int, *, prompt_tokens: int, response_tokens: int, length: int) -> int:
+        """The rows that one group of the largest size takes, split by response where it is longer than a row."""
+        return -(-responses // max(1, (length - prompt_tokens) // response_tokens))
+
     @classmethod
     def holding(cls, groups: int, responses: int, *, prompt_tokens: int, response_tokens: int, rows: int, length: int) -> "RowShape":
         """The shape that holds any batch of `groups` groups of one prompt of at most P and J responses of at most R tokens.
 
         First fit opens a row only when no open one has room, so every row but the last holds as many groups as would fit
-        if all were of the largest size; the bound on A follows.
+        if all were of the largest size; the bound on A follows. `rows` must be at least `rows_of_largest`.
         """
-        largest = prompt_tokens + responses * response_tokens
-        if largest <= length:
-            per_micro_batch = rows * (length // largest)
-        else:
-            pieces = -(-responses // max(1, (length - prompt_tokens) // response_tokens))
-            per_micro_batch = max(1, rows // pieces)
+        pieces = cls.rows_of_largest(responses, prompt_tokens=prompt_tokens, response_tokens=response_tokens, length=length)
+        per_row = length // (prompt_tokens + responses * response_tokens)
+        per_micro_batch = rows * per_row if per_row else rows // pieces
         return cls(groups=groups, micro_batches=-(-groups // per_micro_batch), rows=rows, length=length)
 
 
@@ -101,23 +104,27 @@ def _assign(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], shape: R
 def _empty(shape: RowShape, responses: int) -> PackedRows:
     shape_AML = (shape.micro_batches, shape.rows, shape.length)
     pairs = (shape.groups, responses)
+
+    def full(size: tuple[int, ...], value: int, dtype: type[np.generic] = np.int32) -> Any:
+        return np.full(size, value, dtype)
+
     cells = Cells(
-        tokens_ML=np.zeros(shape_AML, np.int32),
-        positions_ML=np.zeros(shape_AML, np.int32),
-        segments_ML=np.full(shape_AML, -1, np.int32),
-        responses_ML=np.full(shape_AML, -1, np.int32),
-        groups_ML=np.zeros(shape_AML, np.int32),
-        sources_ML=np.full(shape_AML, -1, np.int32),
-        logps_ML=np.zeros(shape_AML, np.float32),
-    )  # type: ignore[arg-type]  # NumPy until the step takes them to the device
+        tokens_ML=full(shape_AML, 0),
+        positions_ML=full(shape_AML, 0),
+        segments_ML=full(shape_AML, -1),
+        responses_ML=full(shape_AML, -1),
+        groups_ML=full(shape_AML, 0),
+        sources_ML=full(shape_AML, -1),
+        logps_ML=full(shape_AML, 0, np.float32),
+    )
     return PackedRows(
         cells=cells,
-        micro_BJ=np.full(pairs, -1, np.int32),
-        ends_BJ=np.zeros(pairs, np.int32),
-        first_BJ=np.zeros(pairs, np.int32),
-        used=np.int32(0),
-        count=np.float32(0),
-    )  # type: ignore[arg-type]
+        micro_BJ=full(pairs, -1),
+        ends_BJ=full(pairs, 0),
+        first_BJ=full(pairs, 0),
+        used=full((), 0),
+        total=full((), 0, np.float32),
+    )
 
 
 def _write_piece(rows: PackedRows, at: tuple[int, int, int], segment: int, group: int, prompt: Ids, answers: dict[int, Ids]) -> int:
@@ -175,5 +182,7 @@ def pack(
     for group, answers in enumerate(responses):
         seen: dict[tuple[int, ...], int] = {}
         rows.first_BJ[group] = [seen.setdefault(tuple(answer), index) for index, answer in enumerate(answers)]
-    count = sum(len(answer) for answers in responses for answer in answers)
-    return rows._replace(used=np.int32(len(micro_batches)), count=np.float32(count))  # type: ignore[arg-type]
+    total = sum(len(answer) for answers in responses for answer in answers)
+    rows.used[...] = len(micro_batches)
+    rows.total[...] = total
+    return rows

@@ -15,7 +15,7 @@ class EvaluationConfig(Section):
         export: the stage that is exported at the end of a run; the last one by default.
     """
 
-    validation_groups: int = Field(128, ge=1)
-    batch_groups: int = Field(128, ge=1)
+    validation_groups: int = Field(default=128, ge=1)
+    batch_groups: int = Field(default=128, ge=1)
     stages: tuple[str, ...] | None = None
     export: str | None = None

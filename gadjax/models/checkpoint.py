@@ -49,6 +49,8 @@ def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
         return family, family.read(config)
     except KeyError as error:
         raise UserError(str(file), f"has no field {error}", "name a folder that transformers wrote") from error
+    except ValueError as error:
+        raise UserError(str(file), str(error), "take a model without it") from error
 
 
 def _open_files(folder: Path) -> dict[str, Any]:
@@ -137,7 +139,9 @@ def save(folder: Path, family: Family, config: DecoderConfig, params: Params, to
         else:
             tensors[tensor.name] = tensor.to_theirs(array)
     save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-    described = {"model_type": family.model_type, "architectures": [family.architecture], "dtype": "float32"} | family.write(config) | tokens
+    described = (
+        {"model_type": family.model_type, "architectures": [family.architecture], "dtype": "float32"} | family.write(config) | tokens
+    )
     (beside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     (beside / "generation_config.json").write_text(json.dumps({"do_sample": False} | tokens, indent=2) + "\n")
     for name in TOKENIZER_FILES:

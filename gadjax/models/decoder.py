@@ -57,16 +57,16 @@ class DecoderConfig:
     init_std: float = 0.02
 
 
-def _weight(rngs: nnx.Rngs, std: float, **dims: int) -> nnx.Param:
+def _weight(rngs: nnx.Rngs, std: float, **dims: int) -> nnx.Param[jax.Array]:
     """A float32 normal weight whose dimensions are given as logical name = size."""
     return nnx.Param(std * jax.random.normal(rngs.params(), tuple(dims.values()), jnp.float32), axes=tuple(dims))
 
 
-def _ones(**dims: int) -> nnx.Param:
+def _ones(**dims: int) -> nnx.Param[jax.Array]:
     return nnx.Param(jnp.ones(tuple(dims.values()), jnp.float32), axes=tuple(dims))
 
 
-def _zeros(**dims: int) -> nnx.Param:
+def _zeros(**dims: int) -> nnx.Param[jax.Array]:
     return nnx.Param(jnp.zeros(tuple(dims.values()), jnp.float32), axes=tuple(dims))
 
 
@@ -123,16 +123,11 @@ class Block(nnx.Module):
         self.up = _weight(rngs, std, layers=n, embed=c.width, mlp=c.feed_forward)
         self.down = _weight(rngs, std, layers=n, mlp=c.feed_forward, embed=c.width)
 
-    def _project(self, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """[..., D] -> [..., heads, H]."""
-        projected = linear(x, weight[...])
-        return projected if bias is None else projected + _like(bias[...], projected)
-
     def _attention(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, memory: Memory) -> tuple[jax.Array, Memory]:
         c, biased = self.config, self.config.qkv_bias
-        query = rotate(self._project(x, self.query, self.query_bias if biased else None), angles)
-        key = rotate(self._project(x, self.key, self.key_bias if biased else None), angles)
-        value = self._project(x, self.value, self.value_bias if biased else None)
+        query = rotate(_biased(linear(x, self.query[...]), self.query_bias if biased else None), angles)
+        key = rotate(_biased(linear(x, self.key[...]), self.key_bias if biased else None), angles)
+        value = _biased(linear(x, self.value[...]), self.value_bias if biased else None)
         grouped = query.reshape(*query.shape[:-2], c.kv_heads, c.heads // c.kv_heads, c.head_width)
         out, memory = attend(grouped, key, value, memory)
         return linear(out.reshape(query.shape), self.output[...], inputs=2), memory
@@ -146,9 +141,8 @@ class Block(nnx.Module):
         return x + self._mlp(rms_norm(x, self.mlp_norm[...], self.config.norm_epsilon)), memory
 
 
-def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A weight without batch dimensions, in the dtype and rank of `x`."""
-    return jnp.broadcast_to(vector.astype(x.dtype), x.shape)
+def _biased(x: jax.Array, bias: nnx.Param[jax.Array] | None) -> jax.Array:
+    return x if bias is None else x + jnp.broadcast_to(bias[...].astype(x.dtype), x.shape)
 
 
 class Trunk(nnx.Module):
@@ -195,7 +189,8 @@ class LanguageModel(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] hidden states to [..., V] float32 logits."""
         weight = self.trunk.embedding if self.trunk.config.tied else self.unembedding
-        flat = jnp.einsum("td,vd->tv", hidden.reshape(-1, hidden.shape[-1]), weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+        tokens_TD = hidden.reshape(-1, hidden.shape[-1])
+        flat = jnp.einsum("td,vd->tv", tokens_TD, weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
         return flat.reshape(*hidden.shape[:-1], -1)
 
 

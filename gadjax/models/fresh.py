@@ -44,12 +44,12 @@ class FreshConfig(Section):
         words: how many of the most frequent words have a token of their own, beside the 256 bytes.
     """
 
-    width: int = Field(96, ge=8)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(4, ge=1)
-    kv_heads: int = Field(2, ge=1)
-    feed_forward: int = Field(256, ge=8)
-    words: int = Field(300, ge=0)
+    width: int = Field(default=96, ge=8)
+    layers: int = Field(default=3, ge=1)
+    heads: int = Field(default=4, ge=1)
+    kv_heads: int = Field(default=2, ge=1)
+    feed_forward: int = Field(default=256, ge=8)
+    words: int = Field(default=300, ge=0)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "FreshConfig":
@@ -68,8 +68,8 @@ def word_tokenizer(texts: Iterable[str], words: int) -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate([*alphabet, *sorted(frequent)])}
     # Without merges but with `ignore_merges`, a word is either one token of the vocabulary or its bytes.
     tokenizer = Tokenizer(BPE(vocabulary, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = pieces  # type: ignore[assignment]  # the stubs declare both properties read-only
-    tokenizer.decoder = ByteLevelDecoder()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pieces
+    tokenizer.decoder = ByteLevelDecoder()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL])
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
     made.chat_template = TEMPLATE
@@ -92,6 +92,7 @@ def write_fresh(folder: Path, config: FreshConfig, texts: Iterable[str], seed: i
     files = folder.with_name(folder.name + ".tokenizer")
     tokenizer.save_pretrained(files)
     params = language_model(dims, jnp.dtype(jnp.float32)).init(jax.random.key(seed))
-    tokens = {"eos_token_id": tokenizer.convert_tokens_to_ids(END), "pad_token_id": tokenizer.convert_tokens_to_ids(PAD)}
+    ids = tokenizer.get_vocab()
+    tokens = {"eos_token_id": ids[END], "pad_token_id": ids[PAD]}
     save(folder, qwen2.FAMILY, dims, params, tokens, files)
     shutil.rmtree(files)

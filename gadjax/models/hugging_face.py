@@ -82,7 +82,8 @@ class Family:
     Attributes:
         model_type: `model_type` in config.json.
         architecture: the causal language model's class in transformers.
-        read: config.json's contents -> DecoderConfig. May raise KeyError for a missing field.
+        read: config.json's contents -> DecoderConfig. May raise KeyError for a missing field, ValueError for
+            what the decoder does not compute.
         write: DecoderConfig -> config.json's contents, without model_type and architectures.
         tensors: the names; those whose path a model does not have are skipped.
     """

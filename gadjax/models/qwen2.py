@@ -5,9 +5,17 @@ from typing import Any
 from gadjax.models.decoder import DecoderConfig
 from gadjax.models.hugging_face import Family
 
+# What a config.json may ask for and the decoder does not compute otherwise.
+COMPUTED = {"rope_type": "default", "use_sliding_window": False, "hidden_act": "silu"}
+
 
 def _read(config: dict[str, Any]) -> DecoderConfig:
     rope = config.get("rope_parameters") or config  # transformers 5 nests what transformers 4 has at the top
+    scaling = config.get("rope_scaling") or rope
+    asked = COMPUTED | config | {"rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
+    for field, value in COMPUTED.items():
+        if asked[field] != value:
+            raise ValueError(f"{field} {asked[field]!r} is not supported")
     return DecoderConfig(
         vocabulary=config["vocab_size"],
         width=config["hidden_size"],

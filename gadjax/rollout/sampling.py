@@ -35,7 +35,7 @@ def sample(logits_BNV: jax.Array, keys_BN: jax.Array, position: jax.Array, tempe
         scaled = logits_BNV / temperature
         cumulated = jnp.cumsum(jax.nn.softmax(scaled, axis=-1), axis=-1)
         draw_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BN, position)
-        uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key)))(draw_keys)
+        uniform = jax.vmap(jax.vmap(jax.random.uniform))(draw_keys)
         below = cumulated <= (uniform * cumulated[..., -1])[..., None]
         token = jnp.minimum(jnp.sum(below, axis=-1, dtype=jnp.int32), logits_BNV.shape[-1] - 1)  # a product may round up to the total
     logps = jax.nn.log_softmax(scaled, axis=-1)

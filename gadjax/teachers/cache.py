@@ -116,11 +116,15 @@ class TeacherCache:
     def __init__(self, path: Path | str, lease_seconds: float = 30.0):
         self.path, self.lease_seconds = Path(path), lease_seconds
         self._owner = uuid.uuid4().hex
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-            self._prepare()
-        except sqlite3.DatabaseError as error:
+            try:
+                self._prepare()
+            except BaseException:
+                self._db.close()
+                raise
+        except (OSError, sqlite3.DatabaseError) as error:
             raise UserError(str(path), f"cannot be opened as a cache ({error})", "move the file away or name another folder") from error
 
     def _prepare(self) -> None:

@@ -106,6 +106,11 @@ def price_of(config: TeacherConfig) -> Price:
     return price
 
 
+def limit_name(address: str) -> str:
+    """What the endpoint calls the longest answer. OpenAI's newer models refuse the older name, other servers ignore the newer one."""
+    return "max_completion_tokens" if "openai" in (urlsplit(address).hostname or "") else "max_tokens"
+
+
 class Endpoint:
     """A client of the endpoint, to be used within `async with`."""
 
@@ -115,7 +120,6 @@ class Endpoint:
 
     async def __aenter__(self) -> Self:
         config, host = self._config, urlsplit(self._config.address).hostname or ""
-        self._limit_name = "max_completion_tokens" if "openai" in host else "max_tokens"
         http_client = httpx2.AsyncClient(
             timeout=config.timeout,
             limits=httpx2.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
@@ -147,8 +151,9 @@ class Endpoint:
         return self._checked(content, request)
 
     async def _post(self, request: Request) -> bytes:
-        limits = {self._limit_name if name == "max_tokens" else name: value for name, value in request.parameters.items()}
-        body = {"model": request.model, "messages": request.messages, **limits}
+        names = {"max_tokens": limit_name(self._config.address)}
+        parameters = {names.get(name, name): value for name, value in request.parameters.items()}
+        body = {"model": request.model, "messages": request.messages, **parameters}
         headers = {"Idempotency-Key": request.key}
         # The raw reply: the library's typed method validates nothing, and takes as long again.
         reply = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=body, options={"headers": headers})
@@ -209,7 +214,7 @@ class Endpoint:
             what = f"{address} does not know {self._config.model} ({reason})"
             raise UserError("teacher.model", what, "correct it, or teacher.base_url")
         if status in TRANSIENT or status >= 500:
-            raise Retry(reason, _retry_after(error.response.headers))
+            raise Retry(reason, retry_after(error.response.headers))
         return Outcome("refused" if code in FILTERED else "failed", error=reason)
 
     def _plain(self, text: str) -> str:
@@ -236,7 +241,7 @@ class _Capped(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
-def _retry_after(headers: Mapping[str, str]) -> float:
+def retry_after(headers: Mapping[str, str]) -> float:
     """The seconds of a Retry-After header, which names seconds or a date; 0 where there is none that can be read."""
     value = headers.get("Retry-After", "")
     try:
