@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,6 +25,7 @@ from gadjax.sharding import MeshConfig
 from gadjax.teachers.config import TeacherConfig
 
 UNTOUCHED = "student"  # what `from` says for the student as it came
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a run and of a stage: a folder has it
 
 
 class RunConfig(Section):
@@ -35,14 +37,21 @@ class RunConfig(Section):
         seed: of everything random.
     """
 
-    name: str = Field(default="quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = "quickstart"
     folder: str = "runs"
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @field_validator("name")
+    @classmethod
+    def _is_plain(cls, name: str) -> str:
+        if NAME.fullmatch(name):
+            return name
+        raise ValueError("must be a plain name of letters, digits, `.`, `_` and `-`; where it lies says `run.folder`")
 
     @property
     def path(self) -> Path:
         """The run's folder."""
-        return Path(self.folder) / self.name
+        return Path(self.folder).expanduser() / self.name
 
 
 class StudentConfig(Section):
@@ -60,12 +69,15 @@ class StudentConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _random_has_no_path(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("random") is not None:
-            if values.get("path"):
-                raise ValueError("give `path` or `random`, not both")
-            return values | {"path": None}
-        return values
+    def _path_or_random(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        path, random = values.get("path", cls.model_fields["path"].default), values.get("random")
+        if random is None and not path:
+            raise ValueError("has neither `path` nor `random`")
+        if random is not None and values.get("path"):
+            raise ValueError("has both `path` and `random`: leave one out or set it to null")
+        return values | {"path": None if random is not None else path}
 
 
 class DataConfig(Section):
@@ -82,6 +94,13 @@ class DataConfig(Section):
     max_response_tokens: int = Field(default=1536, ge=1)
     row_tokens: int | None = Field(default=None, ge=2)
     rows: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _a_row_holds_a_response(self) -> "DataConfig":
+        shortest = self.max_prompt_tokens + self.max_response_tokens
+        if self.row_tokens is not None and self.row_tokens < shortest:
+            raise UserError("data.row_tokens", f"{self.row_tokens} is less than a prompt and a response", f"make it at least {shortest}")
+        return self
 
 
 def _default_stages() -> dict[str, StageConfig]:
@@ -114,9 +133,11 @@ class Config(Section):
         made = {}
         for name, stage in stages.items():
             if isinstance(stage, dict):
-                entry = ALGORITHMS.get(stage.get("algorithm"))
+                algorithm = stage.get("algorithm")
+                entry = ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
                 if entry is None:
-                    raise ValueError(f"{name}.algorithm is {stage.get('algorithm')!r}, but must be one of {', '.join(ALGORITHMS)}")
+                    what = "is missing" if algorithm is None else f"{algorithm!s:.40} is no algorithm"
+                    raise UserError(f"stages.{name}.algorithm", what, f"use one of {', '.join(ALGORITHMS)}")
                 try:
                     stage = entry.config.model_validate(stage)
                 except ValidationError as error:
@@ -125,23 +146,39 @@ class Config(Section):
         return made
 
     @model_validator(mode="after")
-    def _stages_start_from_earlier_ones(self) -> "Config":
-        earlier = {UNTOUCHED}
+    def _names_fit(self) -> "Config":
+        """Stages start from earlier ones, and the evaluation names stages that are there."""
+        if not self.stages:
+            raise UserError("stages", "there are none", "name a stage, or leave `stages` out for the paper's three")
+        students, discriminators = [UNTOUCHED], [UNTOUCHED]
         for name, stage in self.stages.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == UNTOUCHED:
-                raise ValueError(f"stages: {name!r} is no name for a stage; use letters, digits, - and _ (not `{UNTOUCHED}`)")
-            origins = {"from": stage.from_}
-            if isinstance(stage, SamplingStageConfig) and stage.discriminator.from_ is not None:
-                origins["discriminator.from"] = stage.discriminator.from_
-            for field, origin in origins.items():
-                if origin not in earlier:
-                    raise ValueError(f"stages.{name}.{field}: {origin!r} is not an earlier stage; use one of {', '.join(sorted(earlier))}")
-            earlier.add(name)
+            if not NAME.fullmatch(name) or name == UNTOUCHED:
+                raise UserError("stages", f"{name!r} is no name for a stage", f"use letters, digits, `.`, `_` and `-`, and not `{UNTOUCHED}`")
+            _check_among(f"stages.{name}.from", stage.from_, students, "an earlier stage")
+            if isinstance(stage, SamplingStageConfig):
+                _check_among(f"stages.{name}.discriminator.from", stage.discriminator.from_, discriminators, "an earlier stage with one")
+                discriminators.append(name)
+            students.append(name)
+        for name in self.evaluation.stages or ():
+            _check_among("evaluation.stages", name, [*self.stages], "a stage")
+        _check_among("evaluation.export", self.evaluation.export, [*self.stages], "a stage")
         return self
 
 
+def _check_among(field: str, name: str | None, known: list[str], what: str) -> None:
+    if name is not None and name not in known:
+        raise UserError(field, f"{name!r} is not {what}", f"use {' or '.join(known)}")
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-5 as a number, as YAML 1.2 and people do."""
+    """Safe YAML that reads 1e-5 as a number, as YAML 1.2 and people do, and refuses a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.MarkedYAMLError(problem=f"`{twice}` is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -155,18 +192,20 @@ def parse_yaml(text: str, where: str) -> Any:
     """YAML to plain values; what is broken is a UserError with its line."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: an impossible date, brackets without an end
         mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark else where
-        raise UserError(place, f"is not YAML ({getattr(error, 'problem', None) or error})", "mend that line") from error
+        place = f"{where}, line {mark.line + 1}" if mark else where
+        raise UserError(place, f"is not YAML ({getattr(error, 'problem', None) or error})", "mend it there") from error
 
 
-def _read(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A config file's values over those of the file that it extends."""
+def _read(file: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config file's values over those of the file that it extends. `heirs` extend this file."""
     try:
-        values = parse_yaml(file.read_text(), str(file))
+        values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(file), f"cannot be read ({error})", "name a config file") from error
+        where, mend = (f"{heirs[-1]}: extends", "name a config file beside it") if heirs else ("CONFIG", "name a config file")
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(where, f"{file} cannot be read ({reason})", mend) from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -175,9 +214,9 @@ def _read(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if parent is None:
         return values
     base = (file.parent / str(parent)).resolve()
-    if base in seen:
-        raise UserError(str(file), f"extends {parent}, which extends it", "break the circle")
-    return _merge(_read(base, (*seen, base)), values)
+    if base in (file.resolve(), *heirs):
+        raise UserError(f"{file}: extends", f"{parent} extends this file, itself or by others", "break the circle")
+    return _merge(_read(base, (*heirs, file.resolve())), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +237,14 @@ def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
     for key in reversed(path.split(".")):
         nested = {key: nested}
     return _merge(values, nested)
+
+
+KINDS = {  # pydantic's kinds of mistakes that are better said in our words
+    "missing": ("is missing", "give it"),
+    "string_type": ("must be a text", "write it in quotes"),
+    "model_type": ("must be a section", "write its fields, as `key: value`"),
+    "dict_type": ("must be a section", "write its fields, as `key: value`"),
+}
 
 
 def _nearest(section: type[Section], key: str) -> str:
@@ -226,9 +273,11 @@ def _at(prefix: str, error: ValidationError, root: type[Section]) -> UserError:
     if first["type"] == "extra_forbidden":
         section = _section_at(root, first["loc"])
         return UserError(where, "there is no such field", _nearest(section, str(first["loc"][-1])) if section else "leave it out")
-    what = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(first["input"], dict) else f" (it is {first['input']!r})"
-    return UserError(where, what + shown, "mend it in the config or on the command line")
+    said = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    what, mend = KINDS.get(first["type"], (said, "mend it in the config or on the command line"))
+    # A list or mapping is not shown: YAML's aliases make gigabytes of a line.
+    shown = "" if isinstance(first["input"], dict | list) else f" (it is {reprlib.repr(first['input'])})"
+    return UserError(where, what + shown, mend)
 
 
 def make_config(values: dict[str, Any]) -> Config:
@@ -245,7 +294,8 @@ def make_config(values: dict[str, Any]) -> Config:
 
 def load_config(file: Path, overrides: list[str]) -> Config:
     """Reads a config file, what it extends, and the overrides of the command line."""
-    values = _read(file, (file.resolve(),))
+    # Overrides reach into the default stages too.
+    values = {"stages": Config().model_dump(by_alias=True)["stages"]} | _read(file)
     for override in overrides:
         values = _override(values, override)
     return make_config(values)

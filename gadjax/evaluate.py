@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from gadjax.algorithms.seqkd import make_sequence_log_probs
@@ -34,7 +33,7 @@ class Answerer:
         data, end = session.run.config.data, session.text.end_of_turn
         self._batch = session.run.config.evaluation.batch_groups
         self._samplers = {mode: Sampler(session.models, data, 1, temperature, end) for mode, temperature in MODES.items()}
-        self._log_probs = jax.jit(make_sequence_log_probs(session.models.student), out_shardings=replicated(session.models.mesh))
+        self._log_probs = session.models.jit(make_sequence_log_probs(session.models.student), out_shardings=replicated(session.models.mesh))
         self._shape = row_shape(data, session.models.mesh, self._batch, 1)
 
     def answer(self, params: Params, examples: Sequence[Example], mode: str) -> Samples:

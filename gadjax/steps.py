@@ -70,6 +70,15 @@ class Models:
         optimizer = make_optimizer(config.optimizer, 1.0)
         return cls(make_mesh(config.mesh), language_model(dims, dtype), discriminator(dims, dtype), optimizer)
 
+    def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """`jax.jit` with this mesh in scope, so that the constraints inside (`gadjax.sharding.constrain`) hold."""
+
+        def on_mesh(*arguments: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return function(*arguments)
+
+        return jax.jit(on_mesh, **options)
+
     def params_shardings(self, network: Network) -> Params:
         """Where each parameter lives."""
         return jax.tree.map(
@@ -110,7 +119,7 @@ class Models:
     def fresh_role(self, network: Network, params: Params) -> Role:
         """A role with an optimizer that has seen nothing; the parameters are copied, for steps donate what they are given."""
         shardings = shardings_of(self.abstract_role(network))
-        make = jax.jit(lambda params: Role(jax.tree.map(jnp.copy, params), self.optimizer.init(params)), out_shardings=shardings)
+        make = self.jit(lambda params: Role(jax.tree.map(jnp.copy, params), self.optimizer.init(params)), out_shardings=shardings)
         return make(params)
 
 
@@ -156,22 +165,22 @@ class Programs:
     @cached_property
     def student_step(self) -> Callable[..., Any]:
         role = shardings_of(self.models.abstract_role(self.models.student))
-        return jax.jit(self.algorithm.student, donate_argnums=0, out_shardings=(role, replicated(self.models.mesh)))
+        return self.models.jit(self.algorithm.student, donate_argnums=0, out_shardings=(role, replicated(self.models.mesh)))
 
     @cached_property
     def discriminator_step(self) -> Callable[..., Any]:
         assert self.algorithm.discriminator is not None
         everywhere = replicated(self.models.mesh)
         role = shardings_of(self.models.abstract_role(self.models.discriminator))
-        return jax.jit(self.algorithm.discriminator, donate_argnums=0, out_shardings=(role, everywhere, everywhere))
+        return self.models.jit(self.algorithm.discriminator, donate_argnums=0, out_shardings=(role, everywhere, everywhere))
 
     @cached_property
     def score(self) -> Callable[[Params, PackedRows], jax.Array]:
-        return jax.jit(gad.make_score(self.models.discriminator), out_shardings=replicated(self.models.mesh))
+        return self.models.jit(gad.make_score(self.models.discriminator), out_shardings=replicated(self.models.mesh))
 
     @cached_property
     def teacher_loss(self) -> Callable[[Params, PackedRows], jax.Array]:
-        return jax.jit(seqkd.make_loss(self.models.student), out_shardings=replicated(self.models.mesh))
+        return self.models.jit(seqkd.make_loss(self.models.student), out_shardings=replicated(self.models.mesh))
 
     @cached_property
     def sampler(self) -> "Sampler":
@@ -190,7 +199,7 @@ class Sampler:
         def run(params: Params, prompts: jax.Array, lengths: jax.Array, key: jax.Array, step: jax.Array) -> Rollout:
             return generate(params, prompts, lengths, jax.random.fold_in(key, step))
 
-        self._run = jax.jit(run, out_shardings=replicated(models.mesh))
+        self._run = models.jit(run, out_shardings=replicated(models.mesh))
 
     def __call__(self, params: Params, prompts: Sequence[Sequence[int]], key: jax.Array, step: int) -> Rollout:
         """Samples for B prompts. The streams depend on (key, step, group, sample, position).

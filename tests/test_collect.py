@@ -1,5 +1,6 @@
 """Collecting over real sockets: what is asked, how often, what is kept of good and of hostile replies."""
 
+import gzip
 import json
 import os
 import random
@@ -22,9 +23,9 @@ from gadjax.errors import UserError
 from gadjax.prompts import PromptsConfig
 from gadjax.records import Answer, Prompt
 from gadjax.server import Completion
-from gadjax.teachers import dispatch, grammar, openai
-from gadjax.teachers.cache import TeacherCache
-from gadjax.teachers.collect import Summary, answers, collect
+from gadjax.teachers import dispatch, file, grammar, openai
+from gadjax.teachers.cache import Outcome, TeacherCache
+from gadjax.teachers.collect import Summary, answers, collect, requests_for
 from gadjax.teachers.config import Price, TeacherConfig
 from gadjax.teachers.sources import load_prompts
 from gadjax.teachers.tutor import complete
@@ -58,6 +59,7 @@ class Desk(ThreadingHTTPServer):
     def __init__(self, reply: Callable[[str, int], tuple[int, dict[str, str], bytes]]):
         super().__init__(("127.0.0.1", 0), Clerk)
         self.reply, self.asked, self.bodies, self.headers = reply, Counter[str](), list[dict[str, Any]](), list[Any]()
+        self.piece, self.pause = 2**30, 0.0  # bytes sent at once, seconds between them
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The clients of these tests hang up at will."""
@@ -80,7 +82,9 @@ class Clerk(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        for start in range(0, len(content), desk.piece):
+            self.wfile.write(content[start : start + desk.piece])
+            time.sleep(desk.pause)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Silent."""
@@ -191,7 +195,7 @@ HOSTILE: dict[str, tuple[int, dict[str, str], bytes]] = {
     "bytes that are no UTF-8": (200, {}, good("x").replace(b'"x"', b'"\xff"')),
     "a huge reply": (200, {}, good("x" * 300_000)),
     "a huge reply of unknown length": (200, {"Content-Length": "900000"}, b" " * 300_000),
-    "a packed reply": (200, {"Content-Encoding": "gzip"}, good("x")),
+    "a packed reply": (200, {"Content-Encoding": "gzip"}, gzip.compress(good("x" * 1000))),
     "a reply that breaks off": (200, {"Content-Length": "9999", "Connection": "close"}, good("x")),
     "status 408": (408, {}, error("slow")),
     "status 429": (429, {"Retry-After": "0"}, error("slow down", "rate_limit_exceeded")),
@@ -305,12 +309,24 @@ def test_an_endpoint_that_only_fails_is_given_up(cache: TeacherCache) -> None:
 
 def test_a_reply_that_trickles_ends_with_the_time_limit(cache: TeacherCache) -> None:
     def trickle(text: str, before: int) -> tuple[int, dict[str, str], bytes]:
-        time.sleep(0.0 if before else 1.0)
+        server.piece, server.pause = (2**30, 0.0) if before else (10, 0.1)
         return ok(text)
 
     with desk(trickle) as (server, teacher):
-        assert collect(PROMPTS[:1], teacher.model_copy(update={"timeout": 0.3}), cache).ok == 1
+        assert collect(PROMPTS[:1], teacher.model_copy(update={"timeout": 0.5}), cache).ok == 1
     assert server.asked["question 0"] == 2
+
+
+def test_after_a_fault_nothing_is_tried_again(cache: TeacherCache) -> None:
+    def reply(text: str, before: int) -> tuple[int, dict[str, str], bytes]:
+        if text == "question 0":
+            return 500, {}, b""
+        time.sleep(0.1)
+        return 401, {}, error("no such key")
+
+    with desk(reply) as (server, teacher), pytest.raises(UserError, match="refuses the key"):
+        collect(PROMPTS[:2], teacher.model_copy(update={"retry_wait": 1.0}), cache)
+    assert server.asked == {"question 0": 1, "question 1": 1}
 
 
 def test_retry_after_is_heeded_by_all(cache: TeacherCache) -> None:
@@ -355,7 +371,7 @@ def test_the_key_is_written_nowhere(cache: TeacherCache, tmp_path: Path) -> None
         errors = cache._db.execute("SELECT error FROM answers WHERE state = 'failed'").fetchall()
     assert errors == [("status 400: Error code: 400 - bad [key]",)]
     cache.close()
-    assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.iterdir())
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir())
 
 
 def test_max_cost_is_never_exceeded_and_can_be_raised(cache: TeacherCache) -> None:
@@ -471,6 +487,35 @@ def test_two_collectors_at_once_ask_everything_once(tmp_path: Path) -> None:
     assert set(server.asked.values()) == {1} and len(server.asked) == len(prompts)
 
 
+def test_what_another_collector_holds_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.sqlite"
+    with TeacherCache(path) as mine, TeacherCache(path) as other, desk(lambda text, before: ok(text)) as (server, teacher):
+        held = requests_for(PROMPTS[0], teacher)[0]
+        other.add([held])
+        other.lease([held.key])
+        timer = threading.Timer(0.3, other.record, [[(held, Outcome("ok", "the other's"))]])
+        timer.start()
+        progress = list[tuple[int, int]]()
+        assert collect(PROMPTS[:3], teacher, mine, lambda done, total: progress.append((done, total))).ok == 3
+        timer.join()
+    assert "question 0" not in server.asked and progress[-1] == (3, 3)
+
+
+def test_a_lease_is_held_as_long_as_the_answer_takes(tmp_path: Path) -> None:
+    path, taken = tmp_path / "teacher.sqlite", list[tuple[set[str], set[str]]]()
+
+    def slow(text: str, before: int) -> tuple[int, dict[str, str], bytes]:
+        time.sleep(0.9)
+        with TeacherCache(path) as other:
+            taken.append(other.lease([request.key]))
+        return ok(text)
+
+    with TeacherCache(path, lease_seconds=0.4) as cache, desk(slow) as (_, teacher):
+        request = requests_for(PROMPTS[0], teacher)[0]
+        assert collect(PROMPTS[:1], teacher, cache).ok == 1
+    assert taken == [(set(), {request.key})]
+
+
 def test_nothing_more_is_asked_once_answers_cannot_be_kept(tmp_path: Path) -> None:
     class Full(TeacherCache):
         def record(self, *_: Any, **__: Any) -> None:
@@ -554,12 +599,13 @@ def test_a_file_s_answers_go_through_the_cache(cache: TeacherCache, tmp_path: Pa
     assert set(found) == {"r0", "r1", "r2"} and found["r1"].truncated and found["r2"].prompt_id == "two"
 
 
-def test_a_mended_file_replaces_its_answers(cache: TeacherCache, tmp_path: Path) -> None:
-    prompt = Prompt.of("p")
+def test_a_mended_file_replaces_its_answers(cache: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "CHUNK", 2)
+    prompts = PROMPTS[:5]
     for text in ("wrong", "right"):
-        teacher = answer_file(tmp_path / "a.jsonl", [{"prompt": "p", "response": text}])
-        collect([prompt], teacher, cache)
-        assert answers([prompt], teacher, cache) == [Answer(prompt.id, text)]
+        teacher = answer_file(tmp_path / "a.jsonl", [{"prompt": prompt.text, "response": text} for prompt in prompts])
+        collect(prompts, teacher, cache)
+        assert answers(prompts, teacher, cache) == [Answer(prompt.id, text) for prompt in prompts]
 
 
 def test_rows_of_the_same_prompt_are_samples(cache: TeacherCache, tmp_path: Path) -> None:

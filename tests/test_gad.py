@@ -18,7 +18,7 @@ from gadjax.models.attention import packed
 from gadjax.models.decoder import DecoderConfig, Network, discriminator, discriminator_params, language_model
 from gadjax.types import Params, Role
 
-DIMS = DecoderConfig(vocabulary=13, width=16, layers=2, heads=4, kv_heads=2, head_width=4, feed_forward=24, init_std=0.3)
+DIMS = DecoderConfig(vocabulary=13, width=16, layers=1, heads=4, kv_heads=2, head_width=4, feed_forward=24, init_std=0.3)
 STUDENT = language_model(DIMS, jnp.dtype(jnp.float32))
 DISCRIMINATOR = discriminator(DIMS, jnp.dtype(jnp.float32))
 DESCENT = optax.sgd(1.0)

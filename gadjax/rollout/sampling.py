@@ -13,10 +13,19 @@ def stream_keys(key: jax.Array, groups: int, samples: int) -> jax.Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(group_keys, jnp.arange(samples))
 
 
+def integer_probabilities(logits: jax.Array) -> jax.Array:
+    """[..., V] softmax as int32 multiples of 2^-30.
+
+    Integers add up exactly in every order. A parallel sum of floats goes up and down by its rounding, and an inverse
+    distribution over it draws tokens of no probability: once in 20 000 draws from 152 000 tokens.
+    """
+    return jnp.round(jax.nn.softmax(logits, axis=-1) * 2.0**30).astype(jnp.int32)
+
+
 def sample(logits_BNV: jax.Array, keys_BN: jax.Array, position: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
     """Draws one token for every response.
 
-    The draw is by inverse distribution: one uniform number against the cumulated probabilities, which costs a pass over the
+    The draw is by inverse distribution: one random number against the cumulated probabilities, which costs a pass over the
     vocabulary where Gumbel noise costs a random number for every entry of it.
 
     Args:
@@ -33,10 +42,9 @@ def sample(logits_BNV: jax.Array, keys_BN: jax.Array, position: jax.Array, tempe
         scaled = logits_BNV
     else:
         scaled = logits_BNV / temperature
-        cumulated = jnp.cumsum(jax.nn.softmax(scaled, axis=-1), axis=-1)
+        cumulated = jnp.cumsum(integer_probabilities(scaled), axis=-1)
         draw_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BN, position)
-        uniform = jax.vmap(jax.vmap(jax.random.uniform))(draw_keys)
-        below = cumulated <= (uniform * cumulated[..., -1])[..., None]
-        token = jnp.minimum(jnp.sum(below, axis=-1, dtype=jnp.int32), logits_BNV.shape[-1] - 1)  # a product may round up to the total
+        draw = jax.vmap(jax.vmap(lambda key, total: jax.random.randint(key, (), 0, total)))(draw_keys, cumulated[..., -1])
+        token = jnp.sum(cumulated <= draw[..., None], axis=-1, dtype=jnp.int32)
     logps = jax.nn.log_softmax(scaled, axis=-1)
     return token, jnp.take_along_axis(logps, token[..., None], axis=-1).squeeze(-1)

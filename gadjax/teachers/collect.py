@@ -59,7 +59,7 @@ def collect(
     Raises:
         UserError: the teacher cannot be asked, answers nothing, or may cost more than allowed. What was collected is kept.
     """
-    requests = list({request.key: request for prompt in prompts for request in _requests(prompt, config)}.values())
+    requests = list({request.key: request for prompt in prompts for request in requests_for(prompt, config)}.values())
     BACKENDS[config.backend](requests, config, cache, on_progress)
     summary = summarize(requests, cache)
     if requests and not summary.ok:
@@ -79,13 +79,13 @@ def summarize(requests: Sequence[Request], cache: TeacherCache) -> Summary:
 
 def answers(prompts: Sequence[Prompt], config: TeacherConfig, cache: TeacherCache) -> list[Answer]:
     """The teacher's answers to the prompts, in their order, up to `config.samples` to each; refusals and failures are left out."""
-    wanted = [(prompt, request.key) for prompt in prompts for request in _requests(prompt, config)]
+    wanted = [(prompt, request.key) for prompt in prompts for request in requests_for(prompt, config)]
     found = cache.outcomes({key for _, key in wanted})
     kept = [(prompt, found[key]) for prompt, key in wanted if key in found and found[key].state == "ok"]
     return [Answer(prompt.id, outcome.text, truncated=outcome.finish_reason == "length") for prompt, outcome in kept]
 
 
-def _requests(prompt: Prompt, config: TeacherConfig) -> list[Request]:
+def requests_for(prompt: Prompt, config: TeacherConfig) -> list[Request]:
     """The requests for all samples of a prompt, as the cache keys them."""
     return [
         Request(config.provider, _model(config), prompt.messages, _parameters(config, sample), sample) for sample in range(config.samples)

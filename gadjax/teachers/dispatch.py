@@ -135,7 +135,7 @@ class Dispatcher:
                 taken, held = await self._in_thread(self._cache.lease, [request.key for request in chunk])
                 self._leased.extend(request for request in chunk if request.key in taken)
                 self._open.extend(request for request in chunk if request.key in held)
-                self._done += len(chunk) - len(taken) - len(held)  # what another collector has finished
+                self._advance(len(chunk) - len(taken) - len(held))  # what another collector has finished
                 if not taken:
                     await self._pause(HELD_SECONDS if held else 0.0)
             return self._leased.popleft() if self._leased and not self._stop.is_set() else None
@@ -191,7 +191,6 @@ class Dispatcher:
     # --- writing -----------------------------------------------------------------------------------------------------
 
     async def _write_all(self) -> None:
-        self._on_progress(self._done, self._total)
         renewed, more = time.monotonic(), True
         try:
             while more:
@@ -219,9 +218,13 @@ class Dispatcher:
         outcomes = [each for each in batch if each is not None]
         if outcomes:
             await self._in_thread(self._cache.record, outcomes)
-            self._done += len(outcomes)
-            self._on_progress(self._done, self._total)
+            self._advance(len(outcomes))
         return len(outcomes) == len(batch)
+
+    def _advance(self, done: int) -> None:
+        if done:
+            self._done += done
+            self._on_progress(self._done, self._total)
 
     async def _in_thread(self, call: Callable[..., Result], *args: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
