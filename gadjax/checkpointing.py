@@ -2,26 +2,43 @@
 
 Each holds the student with its optimizer, the discriminator with its own where the stage has one, and on the host side the
 random key and the state of the data iterator. Writing goes on in the background while training continues.
+
+Orbax does not see that a bit of an array has flipped on the disk. So every checkpoint is committed with the SHA-256 of its
+files, and what is restored is verified first.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
+from gadjax.errors import UserError
+from gadjax.files import flush, replace_file
 from gadjax.types import Role, TrainState
 
-KEEP = 2  # the newest ones; the one before the last serves where the last cannot be read
+KEEP = 2  # the newest ones; the one before the last serves where the last is damaged
+MANIFEST = "sha256.json"
+HOST = "host"
 
 
 class Checkpoints:
-    """The checkpoints of one stage, in `folder`/<step>. Use as a context manager: leaving waits for what is being written."""
+    """The checkpoints of one stage, in `folder`/<step>. Use as a context manager: leaving waits for what is being written.
+
+    Args:
+        folder: of the stage.
+        read_only: another process may be writing there.
+    """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
-        writing = {"max_to_keep": KEEP, "create": True}
-        reading = {"read_only": True, "create": False, "save_interval_steps": 0}
-        options = ocp.CheckpointManagerOptions(**(reading if read_only else writing))
         self._folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEEP,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,  # of a process that was killed
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -39,18 +56,47 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Begins to write the state after `step` steps; waits for an earlier write first."""
         items = {name: ocp.args.StandardSave(role) for name, role in state._asdict().items() if role is not None}
-        self._manager.save(step, args=ocp.args.Composite(**items, host=ocp.args.JsonSave(host)))
+        self._manager.save(step, args=ocp.args.Composite(**items, **{HOST: ocp.args.JsonSave(host)}))
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state after `step` steps, laid out as the shardings in `abstract` say."""
+        """The state after `step` steps, laid out as the shardings in `abstract` say.
+
+        Raises:
+            UserError: a file of it is not what was written.
+        """
         student = self.restore_role(step, "student", abstract.student)
         discriminator = None if abstract.discriminator is None else self.restore_role(step, "discriminator", abstract.discriminator)
-        return TrainState(student, discriminator), self.restore_host(step)
+        return TrainState(student, discriminator), self._restore(step, HOST, ocp.args.JsonRestore())
 
     def restore_role(self, step: int, name: str, abstract: Role) -> Role:
         """One model with its optimizer: `student` or `discriminator`."""
-        return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
+        return self._restore(step, name, ocp.args.StandardRestore(abstract))
 
-    def restore_host(self, step: int) -> dict[str, Any]:
-        """What the host saved with it."""
-        return self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+    def _restore(self, step: int, name: str, arguments: Any) -> Any:
+        self._verify(step, name)
+        return self._manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
+
+    def _seal(self) -> None:
+        """Writes the manifest. Orbax calls this when all else is written, before the folder gets its final name."""
+        (folder,) = self._folder.glob("*.orbax-checkpoint-tmp")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in files:
+            flush(path)
+        replace_file(folder / MANIFEST, json.dumps({path.relative_to(folder).as_posix(): _sha256(path) for path in files}, indent=1))
+
+    def _verify(self, step: int, name: str) -> None:
+        """Refuses a checkpoint of which a file of item `name` is missing or changed."""
+        folder = self._folder / str(step)
+        mend = "delete this folder and run the same command again: the stage goes on from the checkpoint before"
+        try:
+            manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            changed = [file for file, digest in manifest.items() if file.startswith(f"{name}/") and _sha256(folder / file) != digest]
+        except (OSError, ValueError) as error:
+            raise UserError(str(folder), f"is not whole ({error})", mend) from error
+        if changed:
+            raise UserError(str(folder), f"{changed[0]} was changed after it was written", mend)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

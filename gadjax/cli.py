@@ -5,6 +5,7 @@ What a command needs is loaded when it is used, so that `gadjax --help` answers 
 Exit status: 0 done; 2 a mistake of the user, told in one line; 130 interrupted; 1 a fault of ours, with its traceback.
 """
 
+import os
 import pkgutil
 import sys
 from importlib import metadata
@@ -113,6 +114,7 @@ def export(stage: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A r
 
 
 def _call(command: str, *arguments: Any) -> None:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it tells that PyTorch, which is not needed, is missing
     pkgutil.resolve_name(COMMANDS[command])(*arguments)
 
 

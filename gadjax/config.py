@@ -136,7 +136,7 @@ class Config(Section):
                 algorithm = stage.get("algorithm")
                 entry = ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
                 if entry is None:
-                    what = "is missing" if algorithm is None else f"{algorithm!s:.40} is no algorithm"
+                    what = f"{algorithm!r} is no algorithm" if isinstance(algorithm, str) else "must name an algorithm"
                     raise UserError(f"stages.{name}.algorithm", what, f"use one of {', '.join(ALGORITHMS)}")
                 try:
                     stage = entry.config.model_validate(stage)
@@ -153,10 +153,14 @@ class Config(Section):
         students, discriminators = [UNTOUCHED], [UNTOUCHED]
         for name, stage in self.stages.items():
             if not NAME.fullmatch(name) or name == UNTOUCHED:
-                raise UserError("stages", f"{name!r} is no name for a stage", f"use letters, digits, `.`, `_` and `-`, and not `{UNTOUCHED}`")
+                raise UserError(
+                    "stages", f"{name!r} is no name for a stage", f"use letters, digits, `.`, `_` and `-`, and not `{UNTOUCHED}`"
+                )
             _check_among(f"stages.{name}.from", stage.from_, students, "an earlier stage")
             if isinstance(stage, SamplingStageConfig):
-                _check_among(f"stages.{name}.discriminator.from", stage.discriminator.from_, discriminators, "an earlier stage with one")
+                _check_among(
+                    f"stages.{name}.discriminator.from", stage.discriminator.from_, discriminators, "an earlier stage that has one"
+                )
                 discriminators.append(name)
             students.append(name)
         for name in self.evaluation.stages or ():
@@ -183,7 +187,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|nan))$", re.I),
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|nan))$", re.I
+    ),
     list("-+0123456789."),
 )
 
@@ -213,7 +219,9 @@ def _read(file: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    base = (file.parent / str(parent)).resolve()
+    if not isinstance(parent, str):
+        raise UserError(f"{file}: extends", "must be a text", "name one config file")
+    base = (file.parent / parent).resolve()
     if base in (file.resolve(), *heirs):
         raise UserError(f"{file}: extends", f"{parent} extends this file, itself or by others", "break the circle")
     return _merge(_read(base, (*heirs, file.resolve())), values)
@@ -267,8 +275,9 @@ def _section_at(root: type[Section], path: tuple[Any, ...]) -> type[Section] | N
 
 
 def _at(prefix: str, error: ValidationError, root: type[Section]) -> UserError:
-    """pydantic's first complaint as ours: the field by its dotted name, what is wrong, and the mend."""
-    first = cast(ErrorDetails, error.errors()[0])
+    """One of pydantic's complaints as ours: the field by its dotted name, what is wrong, and the mend."""
+    errors = cast(list[ErrorDetails], error.errors())
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # a misspelt key is missing, too
     where = ".".join([prefix, *map(str, first["loc"])] if prefix else map(str, first["loc"])) or "config"
     if first["type"] == "extra_forbidden":
         section = _section_at(root, first["loc"])

@@ -1,6 +1,7 @@
 """From a config to frozen data: the teacher's answers collected, the student's folder found or made, token groups frozen."""
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,19 +15,37 @@ from gadjax.models.checkpoint import TOKENIZER_FILES
 from gadjax.models.fresh import write_fresh
 from gadjax.records import Answer, Prompt, TokenGroup
 from gadjax.runs import Run
+from gadjax.session import read_student
+from gadjax.sharding import make_mesh
 from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.collect import answers, collect
-from gadjax.teachers.sources import load_prompts
+from gadjax.teachers.openai import api_key, price_of
 from gadjax.terminal import say, track
 from gadjax.text import Text
 
 WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]  # what is fetched of a hub repository
 
 
+def check_teacher(run: Run) -> None:
+    """Tells what is wrong with the prompts, and what a first request would be refused for."""
+    teacher = run.config.teacher
+    if not all(run.prompts):
+        raise UserError("prompts", "there are none to train on, or none held out", "give more prompts")
+    if teacher.backend == "openai" and not run.cache.exists():
+        api_key(teacher)
+        price_of(teacher)
+
+
+def check_student(run: Run) -> None:
+    """Tells what is wrong with the student and the mesh. A student of the hub is fetched for that."""
+    make_mesh(run.config.mesh)
+    if run.config.student.path is not None:
+        read_student(given_student(run.config.student.path))
+
+
 def collect_answers(run: Run) -> None:
     """The teacher's answers to all prompts into the run's cache."""
-    config = run.config
-    train, validation = load_prompts(config.prompts, config.teacher, config.run.seed)
+    config, (train, validation) = run.config, run.prompts
     wanted = (len(train) + len(validation)) * config.teacher.samples
     with TeacherCache(run.cache) as cache, track("collect", wanted) as advance:
         summary = collect([*train, *validation], config.teacher, cache, lambda done, _: advance(done, ""))
@@ -41,8 +60,7 @@ def prepare_data(run: Run) -> Path:
 
     Data that a stage has begun to train on is kept as it is, whatever was collected since.
     """
-    config = run.config
-    train, validation = load_prompts(config.prompts, config.teacher, config.run.seed)
+    config, (train, validation) = run.config, run.prompts
     with TeacherCache(run.cache) as cache:
         answered = {"train": answers(train, config.teacher, cache), "validation": answers(validation, config.teacher, cache)}
     prompts = {prompt.id: prompt for prompt in [*train, *validation]}
@@ -51,7 +69,7 @@ def prepare_data(run: Run) -> Path:
     if run.data.exists():
         if Snapshot.open(run.data).fingerprint == fingerprint:
             return folder
-        if (run.folder / "stages").exists():
+        if run.begun():
             say(f"prepare: other answers or another tokenizer than in {run.data}; the stages go on with the data that they began with")
             return folder
     text = Text.load(str(folder))
@@ -61,16 +79,21 @@ def prepare_data(run: Run) -> Path:
 
 
 def student_folder(run: Run, texts: Sequence[str]) -> Path:
-    """The student's Hugging Face folder: the config's, one fetched from the hub, or a fresh one made from the teacher's words."""
-    student = run.config.student
-    if student.random is not None:
-        folder = run.folder / "student"
-        if not folder.exists():
-            write_fresh(folder, student.random, texts, run.config.run.seed)
-        return folder
-    path = str(student.path)
-    if Path(path).is_dir():
-        return Path(path)
+    """The student's Hugging Face folder: the config's, or a fresh one made from the teacher's words."""
+    student, folder = run.config.student, run.folder / "student"
+    if student.random is None:
+        return given_student(str(student.path))
+    if not run.begun():
+        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        write_fresh(folder, student.random, texts, run.config.run.seed)
+    return folder
+
+
+def given_student(path: str) -> Path:
+    """A student that exists already: a folder, or a model of the hub, which is fetched."""
+    if Path(path).expanduser().is_dir():
+        return Path(path).expanduser()
     try:
         return Path(snapshot_download(path, allow_patterns=WEIGHTS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gadjax.errors import UserError
@@ -10,7 +11,7 @@ from gadjax.evaluation.summary import summarise
 from gadjax.evaluation.table import print_table
 from gadjax.export import export_stage
 from gadjax.files import replace_file, to_json
-from gadjax.prepare import collect_answers, prepare_data
+from gadjax.prepare import check_student, check_teacher, collect_answers, prepare_data
 from gadjax.report.page import write_report
 from gadjax.runs import Run
 from gadjax.session import Session
@@ -21,7 +22,7 @@ from gadjax.train import train_stage
 def run(config: Path, overrides: list[str]) -> None:
     """Everything: collect, prepare, train, evaluate, report, export."""
     started = time.monotonic()
-    opened = Run.open(config, overrides)
+    opened = _begin(config, overrides, check_teacher, check_student)
     collect_answers(opened)
     session = _session(opened)
     _train(session)
@@ -33,22 +34,22 @@ def run(config: Path, overrides: list[str]) -> None:
 
 def collect(config: Path, overrides: list[str]) -> None:
     """The teacher's answers; needs no student, tokenizer or device."""
-    collect_answers(Run.open(config, overrides))
+    collect_answers(_begin(config, overrides, check_teacher))
 
 
 def prepare(config: Path, overrides: list[str]) -> None:
     """The frozen data."""
-    prepare_data(Run.open(config, overrides))
+    prepare_data(_begin(config, overrides, check_student))
 
 
 def train(config: Path, overrides: list[str]) -> None:
     """All stages."""
-    _train(_session(Run.open(config, overrides)))
+    _train(_session(_begin(config, overrides, check_student)))
 
 
 def evaluate(config: Path, overrides: list[str]) -> None:
     """The table of all stages."""
-    _evaluate(_session(Run.open(config, overrides)), time.monotonic())
+    _evaluate(_session(_begin(config, overrides, check_student)), time.monotonic())
 
 
 def report(config: Path, overrides: list[str]) -> None:
@@ -63,11 +64,20 @@ def export(stage: str) -> None:
         folder, name = folder.parent, folder.name
     if not (folder / "config.yaml").is_file():
         raise UserError(stage, "is no run", "name a run's folder, or a stage of it: runs/quickstart/gad")
-    opened = Run.open(folder / "config.yaml", [f"run.folder={folder.parent}"])
+    opened = Run.at(folder)
     names = list(opened.config.stages)
     if name is not None and name not in names:
         raise UserError(stage, f"the run has no stage {name}", f"use one of {', '.join(names)}")
     say(f"export: {export_stage(_session(opened), name or names[-1])}")
+
+
+def _begin(config: Path, overrides: list[str], *checks: Callable[[Run], None]) -> Run:
+    """Opens a run; its folder is made, or taken up, when nothing is wrong."""
+    opened = Run.open(config, overrides)
+    for check in checks:
+        check(opened)
+    opened.begin()
+    return opened
 
 
 def _session(opened: Run) -> Session:

@@ -22,6 +22,21 @@ from gadjax.text import Text
 from gadjax.types import Params, Role, TrainState
 
 
+def read_student(folder: Path) -> tuple[Text, Family, DecoderConfig]:
+    """The tokenizer, family and dimensions of a student.
+
+    Raises:
+        UserError: the folder holds no student that can be used.
+    """
+    family, dims = read_config(folder)
+    text = Text.load(str(folder))
+    if dims.vocabulary < text.vocabulary_size:
+        raise UserError(
+            str(folder), f"embeds {dims.vocabulary} tokens, its tokenizer has {text.vocabulary_size}", "use the model's own tokenizer"
+        )
+    return text, family, dims
+
+
 @dataclass(frozen=True)
 class Session:
     """A run with its models on the devices' mesh.
@@ -47,10 +62,7 @@ class Session:
     @classmethod
     def open(cls, run: Run, folder: Path) -> "Session":
         """Opens a run whose data is frozen; `folder` is the student's."""
-        text = Text.load(str(folder))
-        family, dims = read_config(folder)
-        if dims.vocabulary < text.vocabulary_size:
-            raise UserError(str(folder), f"embeds {dims.vocabulary} tokens, its tokenizer has {text.vocabulary_size}", "use the model's own tokenizer")
+        text, family, dims = read_student(folder)
         return cls(run, folder, text, Snapshot.open(run.data), family, dims, Models.of(run.config, dims))
 
     @property
@@ -61,7 +73,10 @@ class Session:
     def untouched(self) -> Params:
         """The student's parameters as they came."""
         shardings = self.models.params_shardings(self.models.student)
-        placed = {id(leaf): sharding for leaf, sharding in zip(jax.tree.leaves(self.models.student.shapes), jax.tree.leaves(shardings), strict=True)}
+        placed = {
+            id(leaf): sharding
+            for leaf, sharding in zip(jax.tree.leaves(self.models.student.shapes), jax.tree.leaves(shardings), strict=True)
+        }
 
         def place(array: np.ndarray, leaf: object) -> jax.Array:
             return jax.device_put(array, placed[id(leaf)])

@@ -93,9 +93,11 @@ class Models:
         def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        moments = optax.tree_utils.tree_map_params(
-            self.optimizer, placed, state, shardings, transform_non_params=lambda leaf: placed(leaf, replicated(self.mesh))
-        )
+        def everywhere(leaf: Any) -> jax.ShapeDtypeStruct:
+            return placed(leaf, replicated(self.mesh))
+
+        with jax.transfer_guard("allow"):  # optax makes real counters on the way
+            moments = optax.tree_utils.tree_map_params(self.optimizer, placed, state, shardings, transform_non_params=everywhere)
         return Role(jax.tree.map(placed, network.shapes, shardings), moments)
 
     def abstract_state(self, with_discriminator: bool) -> TrainState:

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+PLAIN_WIDTH = 240  # a file or a pipe has no width: tables are not broken there
+
 # Not on stdout, which belongs to what a program may read (`--json`).
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else PLAIN_WIDTH)
 
 PLAIN_INTERVAL = 10.0  # seconds between plain lines
 
@@ -34,7 +36,13 @@ def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
         `advance(done, note)`: the steps done so far, and a few words on how it goes.
     """
     if console.is_terminal:
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
             yield lambda done, note="": progress.update(task, completed=done, note=note)

@@ -136,11 +136,15 @@ def train_stage(session: Session, name: str) -> None:
 def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, done: int, total: int) -> None:
     config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
     if not done:
-        log.write(0, validate(stage.state))
+        first = validate(stage.state)
+        log.write(0, first)
+        if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
+            say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
     with track(stage.name, total, done) as advance:
         for index in range(done, total):
             groups = next(data)
-            metrics = stage.step(index, groups)
+            with jax.transfer_guard("disallow"):
+                metrics = stage.step(index, groups)
             step = index + 1
             if step % config.validate_every == 0 or step == total:
                 metrics |= validate(stage.state)

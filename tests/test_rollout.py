@@ -46,11 +46,12 @@ def one_device() -> Models:
 
 @cache
 def params() -> Params:
-    """Weights under which every token has a chance and none is certain."""
+    """Weights under which every token has a chance, none is certain, and the likeliest is not the same everywhere."""
     rng = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> np.ndarray:
-        return (float(axes[-1] == "norm") + 0.4 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        std = 0.25 if "vocabulary" in axes else 0.8
+        return (float(axes[-1] == "norm") + std * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     network = one_device().student
     return jax.tree.map(draw, network.shapes, network.axes)
@@ -121,19 +122,16 @@ def test_a_response_ends_with_its_one_end_of_turn_or_is_cut():
 def test_samples_depend_on_key_step_group_and_sample_alone():
     others = [PROMPTS[0], PROMPTS[3], PROMPTS[2], PROMPTS[1]]
     assert_same(sampler(T)(params(), others, KEY, 0), sampled(), [0, 2])
-    assert_same(sampler(T)(params(), PROMPTS[:2], KEY, 0), sampler(T)(params(), PROMPTS, KEY, 0), [0, 1])
     repeated = sampler(T)(params(), [PROMPTS[1]] * 4, KEY, 0).tokens_BNR.reshape(4 * N, R)
-    assert len(np.unique(repeated, axis=0)) > 3 * N, "groups or samples share a stream"
+    assert len(np.unique(repeated, axis=0)) > 2 * N, "groups or samples share a stream"
     for key, step in ((KEY, 1), (jax.random.key(4), 0)):
         assert not np.array_equal(sampler(T)(params(), PROMPTS, key, step).tokens_BNR, sampled().tokens_BNR)
 
 
-def test_prompts_of_different_lengths_give_what_they_give_alone():
-    without_padding = Sampler(one_device(), DataConfig(max_prompt_tokens=3, max_response_tokens=R), 1, 0.0, END)
-    assert_same(without_padding(params(), [PROMPTS[0]], KEY, 0), greedy(), [0])
-    for group, prompt in enumerate(PROMPTS):
-        alone = sampler(0.0)(params(), [prompt], KEY, 0)
-        assert_same(alone, jax.tree.map(lambda array, group=group: array[group : group + 1], greedy()), [0])
+def test_prompts_of_different_lengths_give_in_one_batch_what_they_give_alone():
+    for first in range(len(PROMPTS)):
+        turned = PROMPTS[first:] + PROMPTS[:first]
+        assert_same(sampler(T)(params(), turned, KEY, 0), sampler(T)(params(), turned[:1], KEY, 0), [0])
 
 
 def test_eight_devices_give_the_samples_of_one():
@@ -157,11 +155,12 @@ def chi_square(drawn: np.ndarray, probabilities: np.ndarray) -> float:
 def test_tokens_are_drawn_from_softmax_at_the_temperature():
     vocabulary, samples = 8, 20_000
     logits = np.random.default_rng(0).standard_normal(vocabulary).astype(np.float32)
-    keys_BN = stream_keys(KEY, 1, samples)
-    draw = jax.jit(lambda position: sample(jnp.broadcast_to(logits, (1, samples, vocabulary)), keys_BN, position, T))
-    (first, logps), (second, _) = (
-        (np.asarray(tokens[0]), np.asarray(values[0])) for tokens, values in map(draw, (jnp.int32(0), jnp.int32(1)))
-    )
+
+    @jax.jit
+    def draw(position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return sample(jnp.broadcast_to(logits, (1, samples, vocabulary)), stream_keys(KEY, 1, samples), position, T)
+
+    (first, logps), (second, _) = (jax.tree.map(lambda array: np.asarray(array[0]), draw(jnp.int32(position))) for position in (0, 1))
     probabilities = np.exp(logits / T) / np.sum(np.exp(logits / T))
     np.testing.assert_allclose(logps, np.log(probabilities)[first], rtol=0, atol=1e-5)
     # Chance exceeds 3 (7 degrees of freedom) and 1.8 (63) less than once in 200.

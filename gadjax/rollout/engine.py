@@ -72,7 +72,7 @@ def make_generate(network: Network, plan: SamplingPlan) -> Generate:
                 position=state.position + 1,
                 tokens_BNR=state.tokens_BNR.at[:, :, state.position].set(jnp.where(running_BN, token_BN, 0)),
                 logps_BNR=state.logps_BNR.at[:, :, state.position].set(jnp.where(running_BN, logp_BN, 0.0)),
-                lengths_BN=state.lengths_BN + running_BN,
+                lengths_BN=state.lengths_BN + running_BN.astype(jnp.int32),
                 ended_BN=state.ended_BN | (token_BN == plan.end_of_turn),
             )
 

@@ -1,0 +1,235 @@
+"""A whole run through the command line: what it leaves in its folder, and that it is done only once."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from gadjax import cli
+from gadjax.metrics import read
+from gadjax.models.checkpoint import load, read_config
+from gadjax.runs import Run
+from gadjax.session import Session
+from gadjax.teachers import tutor
+from gadjax.text import Text
+from tests import tiny
+
+STUDENT = {"student/loss", "student/entropy", "student/grad_norm"}
+DISCRIMINATOR = {f"discriminator/{name}" for name in ("loss", "accuracy", "teacher_score", "student_score", "margin", "grad_norm")}
+ROLLOUT = {"rollout/length_mean", "rollout/truncated_fraction", "rollout/tokens_per_second"}
+VALIDATION = {"validation/loss"}
+ADVERSARIAL_VALIDATION = VALIDATION | {
+    "validation/discriminator_accuracy",
+    "validation/margin",
+    "validation/length_mean",
+    "discriminator/probe_gap",
+}
+
+
+def seconds(*parts: str) -> set[str]:
+    return {f"time/{part}_seconds" for part in parts}
+
+
+NAMES = {
+    "seqkd": STUDENT | seconds("data", "student"),
+    "warmup": STUDENT | DISCRIMINATOR | ROLLOUT | seconds("rollout", "data", "discriminator", "student"),
+    "gad": STUDENT
+    | {"student/reward_mean", "student/reward_std", "student/kl", "student/clip_fraction"}
+    | DISCRIMINATOR
+    | ROLLOUT
+    | {"rollout/zero_std_fraction", "rollout/logp_gap"}
+    | seconds("rollout", "data", "discriminator", "student"),
+}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """What `gadjax run` said."""
+    return tiny.finished(tmp_path_factory.getbasetemp())[1]
+
+
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory, first: object, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the finished run; the test is where gadjax was started."""
+    experiment, _ = tiny.finished(tmp_path_factory.getbasetemp())
+    monkeypatch.chdir(experiment.folder)
+    return experiment.run
+
+
+def gadjax(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    return stop.value.code
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_it_succeeds_and_says_nothing_but_what_it_does(first: subprocess.CompletedProcess[str]):
+    assert (first.returncode, first.stdout) == (0, ""), first.stderr
+    ours = re.compile(r"(collect|prepare|seqkd|warmup|gad|evaluate|report|export): .+|\| .+ \||\|[-|]+\||8 prompts, 95 % intervals; .+| *")
+    assert [line for line in first.stderr.splitlines() if not ours.fullmatch(line)] == []
+
+
+def test_its_table_is_not_broken(first: subprocess.CompletedProcess[str]):
+    head, _, *rows = [line for line in first.stderr.splitlines() if line.startswith("|")]
+    assert head.replace("|", " ").split() == ["metric", "student", "seqkd", "warmup", "gad"]
+    assert {len(row) for row in rows} == {len(head)}
+    assert "…" not in "".join(rows)
+    assert [row.split()[1] for row in rows[::2]][:2] == ["rouge_l", "overlap_1"]
+
+
+def test_all_artefacts_are_there(run: Path):
+    files = contents(run).keys()
+    expected = {"config.yaml", "summary.json", "teacher.sqlite", "data/manifest.json", "student/model.safetensors", "report/index.html"}
+    expected |= {f"stages/{stage}/metrics.jsonl" for stage in tiny.STEPS}
+    expected |= {f"evaluation/{stage}.jsonl" for stage in ("student", *tiny.STEPS)}
+    assert expected <= files
+    for stage, steps in tiny.STEPS.items():
+        kept = sorted(int(path.name) for path in (run / "stages" / stage / "checkpoints").iterdir())
+        assert kept == ([steps] if stage == "seqkd" else [steps - 2, steps])
+        assert list((run / "tensorboard" / stage).glob("events.out.tfevents.*"))
+    assert [path.name for path in (run / "export").iterdir()] == ["gad"]
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {
+        path.name for path in (run / "export" / "gad").iterdir()
+    }
+    assert not [name for name in files if "tmp" in name or "partial" in name or name.endswith(("-wal", "-shm"))]
+
+
+def test_its_config_is_the_resolved_one(run: Path):
+    kept = yaml.safe_load((run / "config.yaml").read_text())
+    assert kept["optimizer"]["clip_norm"] == 0.2  # a default
+    assert kept["stages"]["gad"]["from"] == "warmup"
+    assert Run.at(run).config == Run.open(Path("tiny.yaml"), []).config
+
+
+def test_summary_has_all_stages_and_metrics(run: Path):
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["stages"]) == ["student", "seqkd", "warmup", "gad"]
+    names = {"rouge_l", "overlap_1", "overlap_2", "overlap_3", "overlap_4", "distinct_2", "length_mean"}
+    names |= {"validity", "greedy_validity", "correctness", "reverse_kl"}  # the teacher is the tutor
+    assert all(set(metrics) == names for metrics in summary["stages"].values())
+    assert (summary["baseline"], summary["prompts"]) == ("seqkd", 8)
+    assert summary["seconds"] > 0
+
+
+@pytest.mark.parametrize("stage", tiny.STEPS)
+def test_metrics_have_one_row_a_step(run: Path, stage: str):
+    before, *rows = read(run / "stages" / stage / "metrics.jsonl")
+    validation = VALIDATION if stage == "seqkd" else ADVERSARIAL_VALIDATION
+    assert set(before) == {"step"} | validation
+    assert [row["step"] for row in rows] == list(range(1, tiny.STEPS[stage] + 1))
+    for row in rows:
+        validated = row["step"] % 3 == 0
+        learns = stage != "warmup" or row["step"] > 2  # only_first_steps
+        names = NAMES[stage] if learns else NAMES[stage] - STUDENT - seconds("student")
+        assert set(row) - {"step"} == names | (validation if validated else set())
+        assert np.isfinite(list(row.values())).all()
+
+
+def test_the_models_learn_and_agree_with_the_sampler(run: Path):
+    rows = {stage: read(run / "stages" / stage / "metrics.jsonl") for stage in tiny.STEPS}
+    assert rows["seqkd"][-1]["validation/loss"] < rows["seqkd"][0]["validation/loss"]
+    assert rows["warmup"][-1]["validation/loss"] < rows["warmup"][0]["validation/loss"]
+    assert rows["gad"][0]["validation/loss"] == rows["warmup"][-1]["validation/loss"]  # it goes on with the warmed-up student
+    assert rows["gad"][1]["student/kl"] < 1e-8 < rows["gad"][-1]["student/kl"]  # from the student at the start of the stage
+    assert max(row["rollout/logp_gap"] for row in rows["gad"][1:]) < 1e-5
+    assert max(row.get("discriminator/probe_gap", 0) for row in rows["gad"]) < 1e-5
+
+
+def test_export_is_the_checkpoint(run: Path):
+    session = Session.open(Run.at(run), run / "student")
+    folder = run / "export" / "gad"
+    family, dims = read_config(folder)
+    assert dims == session.dims
+    exported = load(folder, family, session.models.student.shapes, lambda array, leaf: jax.numpy.asarray(array))
+    trained, untouched = session.student_params("gad"), session.untouched()
+    jax.tree.map(np.testing.assert_array_equal, exported, trained)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (trained, untouched)), strict=True))
+    messages = [{"role": "user", "content": "two plus two"}]
+    text = Text.load(str(folder))
+    assert text.prompt_ids(messages, 16) == session.text.prompt_ids(messages, 16)
+    described = json.loads((folder / "config.json").read_text())
+    assert (described["eos_token_id"], described["pad_token_id"]) == (text.end_of_turn, text.pad)
+
+
+def test_another_stage_is_exported(run: Path, capsys: pytest.CaptureFixture[str]):
+    try:
+        assert gadjax("export", "runs/tiny/warmup") == 0
+        assert (run / "export" / "warmup" / "config.json").exists()
+    finally:
+        for path in (run / "export").glob("warmup/*"):
+            path.unlink()
+        (run / "export" / "warmup").rmdir()
+    assert gadjax("export", "runs/tiny/wramup") == 2
+    assert gadjax("export", "runs/tniy") == 2
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "gadjax: runs/tiny/wramup: the run has no stage wramup; use one of seqkd, warmup, gad",
+        "gadjax: runs/tniy: is no run; name a run's folder, or a stage of it: runs/quickstart/gad",
+    ]
+
+
+def test_the_same_command_again_changes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the teacher is asked again")
+
+    monkeypatch.setattr(tutor, "complete", refuse)
+    written = ("data", "evaluation", "export", "stages", "student", "tensorboard")
+
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for part in written for path in (run / part).rglob("*")}
+
+    files, when = contents(run), times()
+    assert gadjax("run", "tiny.yaml") == 0
+    assert contents(run) == files
+    assert times() == when
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stages.gad.learning_rate=1e-4", "was made with stages.gad.learning_rate = 0.001, the config says 0.0001"),
+        ("stages.gad.discriminator.train=false", "was made with stages.gad.discriminator.train = True, the config says False"),
+        ("prompts.train=tutor:41", "was made with prompts.train = 'tutor:40', the config says 'tutor:41'"),
+        ("run.seed=1", "was made with run.seed = 0, the config says 1"),
+        ("student={path: x, random: null}", "was made with student.path = None, the config says 'x'"),
+    ],
+)
+def test_another_config_is_refused(run: Path, capsys: pytest.CaptureFixture[str], override: str, told: str):
+    files = contents(run)
+    assert gadjax("run", "tiny.yaml", override) == 2
+    assert capsys.readouterr().err == f"gadjax: runs/tiny: {told}; undo the change or choose another run.name\n"
+    assert contents(run) == files
+
+
+def test_what_does_not_touch_the_results_may_change(run: Path):
+    overrides = ["mesh.data=2", "teacher.concurrency=1", "evaluation.export=seqkd", "stages.later={algorithm: gad, from: gad}"]
+    assert list(Run.open(Path("tiny.yaml"), overrides).config.stages) == ["seqkd", "warmup", "gad", "later"]
+
+
+def test_a_run_that_was_moved_is_found(run: Path):
+    moved = run.with_name("moved")
+    run.rename(moved)
+    try:
+        assert Run.at(Path("runs/moved")).stage("gad").is_dir()
+        assert Run.open(Path("tiny.yaml"), ["run.name=moved"]).folder == Path("runs/moved")
+    finally:
+        moved.rename(run)
+
+
+def test_before_the_first_checkpoint_everything_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny.CONFIG)
+    Run.open(Path("tiny.yaml"), []).begin()
+    Path("runs/tiny/stages/seqkd/checkpoints").mkdir(parents=True)
+    Run.open(Path("tiny.yaml"), ["run.seed=1"])
+    Path("runs/tiny/stages/seqkd/checkpoints/2").mkdir()
+    with pytest.raises(Exception, match=r"was made with run\.seed = 0, the config says 1"):
+        Run.open(Path("tiny.yaml"), ["run.seed=1"])
+    Run.open(Path("tiny.yaml"), ["stages.gad.group_size=4"])  # a stage that has none yet

@@ -1,0 +1,77 @@
+"""A whole experiment that takes seconds, for the tests of runs: the tutor's answers to 48 prompts, a student of one layer."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+# Programs that stages share are written alike (equal sizes and learning rates), so that they compile once.
+CONFIG = """
+run: {name: tiny}
+teacher: {backend: tutor, model: tutor}
+prompts: {train: "tutor:40", validation: "tutor:8"}
+student:
+  random: {width: 16, layers: 1, heads: 2, kv_heads: 1, feed_forward: 32, words: 60}
+  compute_dtype: float32
+data: {max_prompt_tokens: 16, max_response_tokens: 16, row_tokens: 64}
+stages:
+  seqkd: {algorithm: seqkd, max_steps: 3, batch_groups: 8, learning_rate: 1e-3}
+  warmup:
+    {algorithm: warmup, epochs: 2, max_steps: 6, batch_groups: 8, group_size: 2, learning_rate: 1e-3, checkpoint_every: 2,
+     validate_every: 3, discriminator: {only_first_steps: 2, learning_rate: 1e-3}}
+  gad:
+    {algorithm: gad, from: warmup, epochs: 2, max_steps: 6, batch_groups: 8, group_size: 2, learning_rate: 1e-3, checkpoint_every: 2,
+     validate_every: 3, discriminator: {learning_rate: 1e-3}}
+evaluation: {validation_groups: 8, batch_groups: 8}
+"""
+STEPS = {"seqkd": 3, "warmup": 6, "gad": 6}
+MAIN = "from gadjax.cli import main; main()"
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """An experiment in a folder of its own.
+
+    Attributes:
+        folder: where gadjax is started.
+        compiled: the compiler's cache, which experiments of one test run share.
+    """
+
+    folder: Path
+    compiled: Path
+
+    @classmethod
+    def make(cls, base: Path, name: str) -> "Tiny":
+        folder = base / name
+        folder.mkdir()
+        (folder / "tiny.yaml").write_text(CONFIG)
+        return cls(folder, base / "compiled")
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs" / "tiny"
+
+    def gadjax(self, *arguments: str, program: str = MAIN) -> subprocess.CompletedProcess[str]:
+        """`gadjax ARGUMENTS` in a process of its own, on two devices."""
+        environment = {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        command = [sys.executable, "-c", program, *arguments]
+        return subprocess.run(command, cwd=self.folder, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=170)
+
+
+@cache
+def finished(base: Path) -> tuple[Tiny, subprocess.CompletedProcess[str]]:
+    """The experiment, run from its beginning to its end without interruption; one for all tests, which leave it as it is.
+
+    Args:
+        base: the folder of all temporary folders of this test run.
+    """
+    tiny = Tiny.make(base, "finished")
+    return tiny, tiny.gadjax("run", "tiny.yaml")
