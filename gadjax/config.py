@@ -4,11 +4,10 @@ import difflib
 import re
 import reprlib
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
 from gadjax.algorithms.gad import GadConfig
 from gadjax.algorithms.registry import ALGORITHMS
@@ -107,7 +106,7 @@ def _default_stages() -> dict[str, StageConfig]:
     return {
         "seqkd": SeqkdConfig(epochs=3, learning_rate=5e-6),
         "warmup": WarmupConfig(epochs=1, learning_rate=5e-6),
-        "gad": GadConfig(from_="warmup", epochs=2, learning_rate=1e-6),
+        "gad": GadConfig.model_validate({"from": "warmup", "epochs": 2, "learning_rate": 1e-6}),
     }
 
 
@@ -276,7 +275,7 @@ def _section_at(root: type[Section], path: tuple[Any, ...]) -> type[Section] | N
 
 def _at(prefix: str, error: ValidationError, root: type[Section]) -> UserError:
     """One of pydantic's complaints as ours: the field by its dotted name, what is wrong, and the mend."""
-    errors = cast(list[ErrorDetails], error.errors())
+    errors = error.errors()
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # a misspelt key is missing, too
     where = ".".join([prefix, *map(str, first["loc"])] if prefix else map(str, first["loc"])) or "config"
     if first["type"] == "extra_forbidden":

@@ -63,6 +63,8 @@ def prepare_data(run: Run) -> Path:
     config, (train, validation) = run.config, run.prompts
     with TeacherCache(run.cache) as cache:
         answered = {"train": answers(train, config.teacher, cache), "validation": answers(validation, config.teacher, cache)}
+    if not all(answered.values()):
+        raise UserError(str(run.cache), "holds no answers to the prompts of both splits", "run `gadjax collect` first")
     prompts = {prompt.id: prompt for prompt in [*train, *validation]}
     folder = student_folder(run, [text for answer in answered["train"] for text in (prompts[answer.prompt_id].text, answer.text)])
     fingerprint = _fingerprint(config, folder, answered)

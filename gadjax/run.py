@@ -11,7 +11,7 @@ from gadjax.evaluation.summary import summarise
 from gadjax.evaluation.table import print_table
 from gadjax.export import export_stage
 from gadjax.files import replace_file, to_json
-from gadjax.prepare import check_student, check_teacher, collect_answers, prepare_data
+from gadjax.prepare import check_student, check_teacher, collect_answers, prepare_data, student_folder
 from gadjax.report.page import write_report
 from gadjax.runs import Run
 from gadjax.session import Session
@@ -68,7 +68,10 @@ def export(stage: str) -> None:
     names = list(opened.config.stages)
     if name is not None and name not in names:
         raise UserError(stage, f"the run has no stage {name}", f"use one of {', '.join(names)}")
-    say(f"export: {export_stage(_session(opened), name or names[-1])}")
+    if not opened.begun(name or names[-1]):
+        raise UserError(stage, "is not trained yet", "run `gadjax train` with its config first")
+    session = Session.open(opened, student_folder(opened, ()))  # the answers are not needed any more
+    say(f"export: {export_stage(session, name or names[-1])}")
 
 
 def _begin(config: Path, overrides: list[str], *checks: Callable[[Run], None]) -> Run:
@@ -90,7 +93,7 @@ def _train(session: Session) -> None:
 
 
 def _evaluate(session: Session, started: float) -> None:
-    """Measures, prints the table and writes summary.json; the seconds of earlier calls are kept and added to."""
+    """Measures, prints the table and writes summary.json; its seconds stay those of the call that measured first."""
     measured = evaluate_stages(session)
     file = session.run.folder / "summary.json"
     before = json.loads(file.read_text()) if file.exists() else None

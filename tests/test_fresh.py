@@ -57,7 +57,7 @@ def test_a_prompt_has_the_control_tokens_of_the_template_alone(text: Text, syste
 
 
 def test_every_frequent_word_is_one_token_and_others_are_bytes(text: Text):
-    # Twice or more: " the" 4 times, "the" 2, " sea" 3, " harbour" 2, "<|" and "|>" come with spaces; the rest is one of the ties.
+    # The words that CORPUS has more than once are these and ` <|`, `|>`: as many as there is room for.
     for word in ("the", " the", " sea", " harbour"):
         (id, end) = text.response_ids(word, 10)
         assert id < BYTES + CONFIG.words and end == text.end_of_turn

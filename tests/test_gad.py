@@ -155,7 +155,7 @@ def test_the_gradient_does_not_depend_on_how_groups_lie_in_rows(shape, order):
     scores = np.random.default_rng(1).normal(size=(4, 4)).astype(np.float32)
 
     def grads(shape: RowShape, order: list[int]) -> tuple[Params, Params]:
-        prompts, samples, both = ([each[i] for i in order] for each in (PROMPTS, SAMPLES, BOTH))
+        prompts, samples, both = [PROMPTS[i] for i in order], [SAMPLES[i] for i in order], [BOTH[i] for i in order]
         judge, _, _ = DISCRIMINATOR_STEP(role(DISCRIMINATOR_PARAMS), pack(prompts, both, shape))
         student, _ = STUDENT_STEP(role(STUDENT_PARAMS), pack(prompts, samples, shape), Guidance(REFERENCE, jnp.array(scores[order])))
         return gradient(DISCRIMINATOR_PARAMS, judge), gradient(STUDENT_PARAMS, student)

@@ -133,7 +133,7 @@ def test_the_tutors_own_log_probability_as_reward_makes_the_student_valid(lab):
         scores = np.pad(np.array(rewards, np.float32), ((0, 0), (1, 0)))  # the teacher's place, which the student does not read
         rows = models.place_rows(pack(prompts, sampled, programs.rows(8), logps))
         role, metrics = programs.student_step(role, rows, Guidance(reference, models.place(scores, None, None)))
-    assert metrics["rollout/logp_gap"] < 1e-5
+        assert metrics["rollout/logp_gap"] < 1e-5
     after = lab.validity(programs, role.params)
     assert 0.1 < before < 0.9, f"the student begins at a validity of {before:.2f}, where little can be gained or lost"
     assert after > before + GAIN, f"validity went from {before:.3f} to {after:.3f}"

@@ -79,7 +79,7 @@ def test_identical_responses_name_the_first_of_them():
 def test_log_probabilities_stand_beside_their_tokens():
     shape = RowShape(groups=1, micro_batches=1, rows=1, length=8)
     packed = pack([[1, 2]], [[[3, 4], [5]]], shape, logps=[[[-0.5, -1.0], [-2.0]]])
-    np.testing.assert_array_equal(packed.cells.logps_ML[0, 0], np.float32([0, 0, -0.5, -1.0, -2.0, 0, 0, 0]))
+    np.testing.assert_array_equal(packed.cells.logps_ML[0, 0], np.array([0, 0, -0.5, -1.0, -2.0, 0, 0, 0], np.float32))
 
 
 def test_what_does_not_fit_is_refused():

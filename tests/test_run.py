@@ -2,7 +2,11 @@
 
 import json
 import re
+import shutil
+import sqlite3
 import subprocess
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -67,8 +71,11 @@ def gadjax(*arguments: str) -> int | str | None:
     return stop.value.code
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def contents(folder: Path) -> Mapping[str, object]:
+    """The folder's files; of the cache its rows, for opening it counts as a change in the file's head."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    with closing(sqlite3.connect(folder / "teacher.sqlite")) as cache:
+        return files | {"teacher.sqlite": list(cache.iterdump())}
 
 
 def test_it_succeeds_and_says_nothing_but_what_it_does(first: subprocess.CompletedProcess[str]):
@@ -159,17 +166,22 @@ def test_export_is_the_checkpoint(run: Path):
     assert (described["eos_token_id"], described["pad_token_id"]) == (text.end_of_turn, text.pad)
 
 
-def test_another_stage_is_exported(run: Path, capsys: pytest.CaptureFixture[str]):
-    try:
-        assert gadjax("export", "runs/tiny/warmup") == 0
-        assert (run / "export" / "warmup" / "config.json").exists()
-    finally:
-        for path in (run / "export").glob("warmup/*"):
-            path.unlink()
-        (run / "export" / "warmup").rmdir()
-    assert gadjax("export", "runs/tiny/wramup") == 2
-    assert gadjax("export", "runs/tniy") == 2
-    assert capsys.readouterr().err.splitlines()[-2:] == [
+def test_another_stage_is_exported(run: Path, tmp_path: Path):
+    copy = tmp_path / "copy"  # elsewhere, and without the teacher's answers
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("teacher.sqlite", "export"))
+    assert gadjax("export", str(copy / "warmup")) == 0
+    assert gadjax("export", str(copy)) == 0
+    assert sorted(path.name for path in (copy / "export").iterdir()) == ["gad", "warmup"]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (copy / "export" / "gad", run / "export" / "gad")]
+    assert weights[0] == weights[1] != (copy / "export" / "warmup" / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    for name in (f"{tmp_path}/copy/gad", "runs/tiny/wramup", "runs/tniy"):
+        assert gadjax("export", name) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"gadjax: {tmp_path}/copy/gad: is not trained yet; run `gadjax train` with its config first",
         "gadjax: runs/tiny/wramup: the run has no stage wramup; use one of seqkd, warmup, gad",
         "gadjax: runs/tniy: is no run; name a run's folder, or a stage of it: runs/quickstart/gad",
     ]

@@ -63,7 +63,9 @@ class Tiny:
             "PYTHONPATH": str(Path(__file__).parent.parent),
         }
         command = [sys.executable, "-c", program, *arguments]
-        return subprocess.run(command, cwd=self.folder, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=170)
+        return subprocess.run(
+            command, cwd=self.folder, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=170
+        )
 
 
 @cache

@@ -1,0 +1,208 @@
+"""A user's mistake, through the real command line: status 2, one line that names the field or file and the mend, nothing half made."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from gadjax import cli
+from gadjax.models.fresh import FreshConfig, write_fresh
+from gadjax.server import Server
+from gadjax.teachers import tutor
+from tests import tiny
+
+Told = Callable[..., str]
+FOLDER = "run.folder=here"
+ENDPOINT = "teacher={backend: openai, model: m, api_key_env: TEST_KEY, tries: 1, price: {input: 0, output: 0}, base_url: 'http://127.0.0.1:PORT/v1'}"
+
+
+@pytest.fixture(autouse=True)
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test is in a folder with tiny.yaml, and its teacher has a key."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEST_KEY", "k")
+    Path("tiny.yaml").write_text(tiny.CONFIG)
+
+
+@pytest.fixture
+def told(capfd: pytest.CaptureFixture[str]) -> Told:
+    """What `gadjax ARGUMENTS` says of a mistake."""
+
+    def call(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(arguments))
+        said = capfd.readouterr()
+        assert (stop.value.code, said.out) == (2, "")
+        *progress, line = said.err.splitlines()
+        assert all(each.startswith("collect: ") for each in progress), said.err
+        assert line.startswith("gadjax: ") and said.err.endswith("\n")
+        assert "Traceback" not in said.err and ";" in line
+        return line.removeprefix("gadjax: ")
+
+    return call
+
+
+def made() -> set[str]:
+    """What is in the folder of runs."""
+    return {str(path.relative_to("here")) for path in Path("here").rglob("*")} if Path("here").exists() else set()
+
+
+def port_of(server: Server) -> str:
+    return str(urlsplit(server.address).port)
+
+
+def closed_port() -> str:
+    """A port that was free a moment ago."""
+    with Server(tutor.complete, model="m") as server:
+        return port_of(server)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {name: [}", "tiny.yaml, line 1: is not YAML ("),
+        ("run: {nmae: a}", "run.nmae: there is no such field; did you mean `name`?"),
+        ("run: {seed: x}", "run.seed: must be a valid integer (it is 'x'); "),
+        ("stages: {g: {algorithm: gad, group_size: 1}}", "stages.g.group_size: must be greater than or equal to 2 (it is 1); "),
+        ("run: {name: ../../a}", "run.name: must be a plain name"),
+        ("extends: missing.yaml", "PWD/tiny.yaml: extends: PWD/missing.yaml cannot be read ("),
+        ("teacher: {backend: file}", "teacher: backend: file needs `path`"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "collect", "prepare", "train", "evaluate", "report"])
+def test_a_config_at_fault(told: Told, command: str, text: str, message: str):
+    Path("tiny.yaml").write_text(text)
+    assert told(command, "tiny.yaml", FOLDER).startswith(message.replace("PWD", os.getcwd()))
+    assert made() == set()
+
+
+def test_a_config_that_is_not_there(told: Told):
+    assert "'missing.yaml' does not exist" in told_usage("run", "missing.yaml")
+    assert made() == set()
+
+
+def told_usage(*arguments: str) -> str:
+    """In a process of its own, where nothing was imported yet."""
+    done = subprocess.run([sys.executable, "-c", tiny.MAIN, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    return done.stderr
+
+
+def test_a_process_of_its_own_says_nothing_else():
+    line = told_usage("run", "tiny.yaml", FOLDER, "student={random: null, path: nowhere/student}")
+    assert line.startswith("gadjax: student.path: nowhere/student is neither a folder nor a model that the hub gives (")
+    assert made() == set()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompts.train=missing.jsonl"], "prompts.train: there is no file missing.jsonl; correct the path"),
+        (["prompts.train=prompts.txt"], "prompts.train: prompts.txt is none of .jsonl, "),
+        (["prompts.train="], "prompts.train: is not given; name a .jsonl file, or tutor:6000 "),
+        (["prompts.train=broken.jsonl"], "broken.jsonl, line 3: is not JSON ("),
+        (["prompts.validation=empty.jsonl"], "prompts: there are none to train on, or none held out; give more prompts"),
+        (["teacher={backend: file, path: broken.jsonl}", "prompts.train="], "broken.jsonl, line 1: has none of prompt/response"),
+        (["teacher.backend=openai", "teacher.api_key_env=UNSET"], "teacher.api_key_env: the environment variable UNSET is not set; "),
+        (["teacher.backend=openai", "teacher.api_key_env=TEST_KEY"], "teacher.price: the price of tutor is not known, "),
+        (["mesh.data=3"], "mesh: data 3 x fsdp 2 x tensor 1 does not make 8 devices; choose sizes "),
+        (["student={random: null, path: nowhere/student}"], "student.path: nowhere/student is neither a folder nor a model"),
+        (["student={random: null, path: .}"], "config.json: cannot be read ("),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_told_before_anything_is_made(told: Told, overrides: list[str], message: str):
+    Path("broken.jsonl").write_text('{"prompt": "one"}\n\n{"prompt": "two"\n')
+    Path("prompts.txt").write_text("one\n")
+    Path("empty.jsonl").touch()
+    assert told("run", "tiny.yaml", FOLDER, *overrides).startswith(message)
+    assert made() == set()
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def break_family(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+def break_vocabulary(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_tokenizer, "student.path: no tokenizer in model ("),
+        (break_config, "model/config.json: cannot be read ("),
+        (break_family, "model/config.json: model_type 'gpt2' is not supported; "),
+        (break_vocabulary, "model: embeds 8 tokens, its tokenizer has "),
+    ],
+)
+def test_a_broken_student_is_told_before_the_teacher_is_paid(
+    told: Told, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], message: str
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the teacher is asked")
+
+    monkeypatch.setattr(tutor, "complete", refuse)
+    write_fresh(Path("model"), FreshConfig(width=8, layers=1, heads=1, kv_heads=1, feed_forward=8), ["a word"], seed=0)
+    damage(Path("model"))
+    assert told("run", "tiny.yaml", FOLDER, "student={random: null, path: model}").startswith(message)
+    assert made() == set()
+
+
+@pytest.mark.parametrize("command", ["run", "collect"])
+def test_an_endpoint_that_is_down(told: Told, command: str):
+    port = closed_port()
+    message = told(command, "tiny.yaml", FOLDER, ENDPOINT.replace("PORT", port))
+    assert message.startswith(f"teacher.base_url: http://127.0.0.1:{port}/v1 is not reached (")
+    assert message.endswith("; check the address and the network")
+    assert made() == {"tiny", "tiny/config.yaml", "tiny/teacher.sqlite"}
+    # What was wrong can be mended in the same run.
+    with Server(tutor.complete, model="n") as server:
+        endpoint = ENDPOINT.replace("PORT", port_of(server)).replace("model: m", "model: n")
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["collect", "tiny.yaml", FOLDER, endpoint])
+    assert stop.value.code == 0
+
+
+def test_a_key_that_is_none_is_not_made_known(told: Told, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TEST_KEY", "sécret")
+    message = told("run", "tiny.yaml", FOLDER, ENDPOINT)
+    assert message.startswith("teacher.api_key_env: TEST_KEY holds characters that no key has; ") and "cret" not in message
+    assert made() == set()
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate"])
+def test_a_part_that_comes_too_early(told: Told, command: str):
+    message = told(command, "tiny.yaml", FOLDER)
+    assert message == "here/tiny/teacher.sqlite: holds no answers to the prompts of both splits; run `gadjax collect` first"
+    assert made() == {"tiny", "tiny/config.yaml", "tiny/teacher.sqlite"}
+
+
+def test_a_report_on_no_run(told: Told):
+    assert told("report", "tiny.yaml", FOLDER).startswith("here/tiny: there is no such run; ")
+    assert made() == set()
+
+
+def test_a_folder_that_cannot_be_made(told: Told):
+    Path("here").write_text("a file")
+    assert told("collect", "tiny.yaml", FOLDER).startswith("run.folder: here/tiny cannot be written to (")
+
+
+def test_a_broken_config_in_the_runs_folder(told: Told):
+    Path("here/tiny/stages/seqkd/checkpoints/2").mkdir(parents=True)
+    Path("here/tiny/config.yaml").write_text("run: {")
+    assert told("run", "tiny.yaml", FOLDER).startswith("here/tiny/config.yaml, line 1: is not YAML (")
