@@ -33,6 +33,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, read_only: bool = False):
         self._folder = folder.absolute()
+        self._written = 0  # the step that is being written
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEEP,
             create=not read_only,
@@ -55,6 +56,8 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Begins to write the state after `step` steps; waits for an earlier write first."""
+        self._manager.wait_until_finished()
+        self._written = step
         items = {name: ocp.args.StandardSave(role) for name, role in state._asdict().items() if role is not None}
         self._manager.save(step, args=ocp.args.Composite(**items, **{HOST: ocp.args.JsonSave(host)}))
 
@@ -78,7 +81,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Writes the manifest. Orbax calls this when all else is written, before the folder gets its final name."""
-        (folder,) = self._folder.glob("*.orbax-checkpoint-tmp")
+        (folder,) = self._folder.glob(f"{self._written}.orbax-checkpoint-tmp*")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in files:
             flush(path)

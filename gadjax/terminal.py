@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 PLAIN_WIDTH = 240  # a file or a pipe has no width: tables are not broken there
 
@@ -36,12 +37,13 @@ def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
         `advance(done, note)`: the steps done so far, and a few words on how it goes.
     """
     if console.is_terminal:
+        # In a narrow terminal the note is wrapped, so that the counts stay.
         columns = (
             TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            BarColumn(table_column=Column(width=12)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}", table_column=Column()),
         )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")

@@ -85,6 +85,7 @@ def test_a_config_survives_being_written(load: Load):
     config = load(f"student: {{random: {{width: 16}}}}\nteacher: {{price: {{input: 1, output: 2}}}}\n{stages}")
     text = dump_config(config)
     assert load(text) == config
+    assert "from: w\n" in text and "from_" not in text
     assert dump_config(load(text)) == text
 
 
@@ -117,6 +118,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(load: Load, text: str, field:
     [
         ("run: {seed: one}", "run.seed: must be a valid integer (it is 'one'); "),
         ("run: {seed: 1.5}", "run.seed: "),
+        (f"run: {{seed: {'x' * 1000}}}", "run.seed: must be a valid integer (it is 'xxxxxxxxxxxx...xxxxxxxxxxxxx'); "),
         ("run: {seed: true}", "run.seed: must be a valid integer (it is True); "),
         ("run: {seed: -1}", "run.seed: must be greater than or equal to 0 (it is -1); "),
         ("run: {name: no}", "run.name: must be a text (it is False); write it in quotes"),

@@ -88,7 +88,9 @@ def test_a_config_that_is_not_there(told: Told):
 
 def told_usage(*arguments: str) -> str:
     """In a process of its own, where nothing was imported yet."""
-    done = subprocess.run([sys.executable, "-c", tiny.MAIN, *arguments], capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS")}  # an earlier test set it
+    command = [sys.executable, "-c", tiny.MAIN, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     return done.stderr
 

@@ -161,7 +161,7 @@ def test_a_flipped_bit_is_seen(tmp_path: Path):
 def test_what_a_killed_process_left_is_cleared_by_the_next_writer_only(tmp_path: Path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1), {})
-    left = tmp_path / "2.orbax-checkpoint-tmp"
+    left = tmp_path / "7.orbax-checkpoint-tmp"
     (left / "student").mkdir(parents=True)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.latest == 1

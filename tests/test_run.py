@@ -1,5 +1,6 @@
 """A whole run through the command line: what it leaves in its folder, and that it is done only once."""
 
+import io
 import json
 import re
 import shutil
@@ -13,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
-from gadjax import cli
+from gadjax import cli, terminal
 from gadjax.metrics import read
 from gadjax.models.checkpoint import load, read_config
 from gadjax.runs import Run
@@ -245,3 +247,24 @@ def test_before_the_first_checkpoint_everything_may_change(tmp_path: Path, monke
     with pytest.raises(Exception, match=r"was made with run\.seed = 0, the config says 1"):
         Run.open(Path("tiny.yaml"), ["run.seed=1"])
     Run.open(Path("tiny.yaml"), ["stages.gad.group_size=4"])  # a stage that has none yet
+
+
+def test_a_bar_keeps_its_counts_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(terminal, "console", screen)
+    with terminal.track("seqkd-continued", 2400, 1200) as advance:
+        advance(1234, "  ".join(f"{word} 0.123" for word in ("loss", "accuracy", "reward", "entropy", "length")))
+    assert isinstance(screen.file, io.StringIO)
+    shown = screen.file.getvalue().replace("\x1b", "\n")
+    assert "1234/2400" in shown and "length 0.123" in shown
+
+
+def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch):
+    file = io.StringIO()
+    monkeypatch.setattr(terminal, "console", Console(file=file, width=terminal.PLAIN_WIDTH))
+    with terminal.track("gad", 3) as advance:
+        advance(1, "loss 1")
+        advance(3, "loss 0")
+    terminal.say("[bold]kept[/bold] as it is")
+    assert file.getvalue().splitlines()[0] == "gad: 3/3 loss 0"
+    assert "[bold]kept[/bold]" in file.getvalue()
