@@ -17,5 +17,5 @@ class EvaluationConfig(Section):
 
     validation_groups: int = Field(default=128, ge=1)
     batch_groups: int = Field(default=128, ge=1)
-    stages: tuple[str, ...] | None = None
+    stages: tuple[str, ...] | None = Field(default=None, strict=False)  # YAML has lists
     export: str | None = None

@@ -253,4 +253,6 @@ def judge(prompt: str, answer: str) -> Verdict:
     request, words = _read(prompt), answer.split(" ")
     announced = [style for style in _STYLES if words[0] in style.first_words(request)]
     items = tuple(dict.fromkeys(word for word in words if word in KINDS[request.kind]))
-    return Verdict(any(style.read(request, words) for style in announced), items in request.right, announced[0].name if announced else "none")
+    return Verdict(
+        any(style.read(request, words) for style in announced), items in request.right, announced[0].name if announced else "none"
+    )
