@@ -25,6 +25,8 @@ from gadjax.teachers import tutor
 from gadjax.text import Text
 from tests import tiny
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for a whole run
+
 STUDENT = {"student/loss", "student/entropy", "student/grad_norm"}
 DISCRIMINATOR = {f"discriminator/{name}" for name in ("loss", "accuracy", "teacher_score", "student_score", "margin", "grad_norm")}
 ROLLOUT = {"rollout/length_mean", "rollout/truncated_fraction", "rollout/tokens_per_second"}

@@ -64,7 +64,7 @@ class Tiny:
         }
         command = [sys.executable, "-c", program, *arguments]
         return subprocess.run(
-            command, cwd=self.folder, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=170
+            command, cwd=self.folder, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
         )
 
 
