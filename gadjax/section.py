@@ -9,4 +9,4 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A typed, immutable part of the config. Unknown keys and values of the wrong type are refused when it is made."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, populate_by_name=True)
