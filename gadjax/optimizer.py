@@ -1,8 +1,9 @@
 """The optimizer of both models: AdamW behind a global-norm clip, from a config to an optax chain."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from pydantic import Field
 
@@ -26,12 +27,47 @@ class OptimizerConfig(Section):
     b2: float = Field(default=0.999, ge=0, lt=1)
 
 
-def make_optimizer(config: OptimizerConfig, learning_rate: float) -> optax.GradientTransformation:
-    """Clip, then AdamW at a constant rate; parameters and moments in float32. Its state does not depend on the rate."""
+class ScheduleConfig(Section):
+    """How a stage's learning rates move from its first step to its last; the same way for both models.
+
+    Attributes:
+        shape: `constant` (the paper's), or `cosine` from the rate down to `floor`.
+        warmup_steps: steps in which the rate rises linearly to its full height.
+        floor: share of the rate at the end of `cosine`.
+    """
+
+    shape: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    floor: float = Field(default=0.0, ge=0, le=1)
+
+    def of(self, rate: float, steps: int) -> optax.Schedule:
+        """The learning rate by step of a stage of `steps` steps; `rate` is its height."""
+        rise = optax.linear_schedule(rate / (self.warmup_steps + 1), rate, self.warmup_steps)
+        if self.shape == "constant":
+            rest = optax.constant_schedule(rate)
+        else:
+            rest = optax.cosine_decay_schedule(rate, max(1, steps - self.warmup_steps), self.floor)
+        return optax.join_schedules([rise, rest], [self.warmup_steps]) if self.warmup_steps else rest
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip, then AdamW; parameters and moments in float32. The shape of its state does not depend on the schedule."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
     )
+
+
+def restart_schedule(state: optax.OptState) -> optax.OptState:
+    """The optimizer's state with its moments as they are and its schedule at the first step, where a new stage begins."""
+
+    def restart(node: Any) -> Any:
+        if isinstance(node, optax.ScaleByScheduleState):
+            count: Any = node.count
+            return node._replace(count=jnp.zeros_like(count, device=count.sharding))
+        return node
+
+    return jax.tree.map(restart, state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
 
 
 def update(optimizer: optax.GradientTransformation, role: Role, grads: Params) -> tuple[Role, jax.Array]:

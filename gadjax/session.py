@@ -16,6 +16,7 @@ from gadjax.errors import UserError
 from gadjax.models.checkpoint import load, read_config
 from gadjax.models.decoder import DecoderConfig, discriminator_params
 from gadjax.models.hugging_face import Family
+from gadjax.optimizer import restart_schedule
 from gadjax.runs import Run
 from gadjax.steps import Models
 from gadjax.text import Text
@@ -107,18 +108,23 @@ class Session:
         """The student's parameters after stage `name`; `student` is the untouched one."""
         return self.untouched() if name == UNTOUCHED else self.final_role(name, "student").params
 
+    def inherited(self, name: str, role: str) -> Role:
+        """`student` or `discriminator` of a finished stage as the next one starts with it: moments kept, schedule restarted."""
+        found = self.final_role(name, role)
+        return found._replace(optimizer=restart_schedule(found.optimizer))
+
     def first_state(self, name: str) -> TrainState:
         """The state in which stage `name` starts. Optimizers go on where the earlier stage left them."""
         stage, models = self.run.config.stages[name], self.models
         if stage.from_ == UNTOUCHED:
             student = models.fresh_role(models.student, self.untouched())
         else:
-            student = self.final_role(stage.from_, "student")
+            student = self.inherited(stage.from_, "student")
         if not isinstance(stage, SamplingStageConfig):
             return TrainState(student, None)
         origin = stage.discriminator.from_ or stage.from_
         if origin != UNTOUCHED and isinstance(self.run.config.stages[origin], SamplingStageConfig):
-            return TrainState(student, self.final_role(origin, "discriminator"))
+            return TrainState(student, self.inherited(origin, "discriminator"))
         head_key = jax.random.fold_in(self.key, 1)
         params = discriminator_params(models.discriminator, jax.tree.map(jnp.copy, student.params), head_key)
         return TrainState(student, models.fresh_role(models.discriminator, params))

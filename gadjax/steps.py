@@ -55,7 +55,7 @@ class Models:
         mesh: the devices.
         student: the student's network.
         discriminator: the discriminator's.
-        optimizer: structure of both optimizers' states, which does not depend on the learning rate.
+        optimizer: structure of both optimizers' states, which does not depend on the learning rate's schedule.
     """
 
     mesh: Mesh
@@ -67,7 +67,7 @@ class Models:
     def of(cls, config: Config, dims: DecoderConfig) -> "Models":
         """The models of a config for a student of these dimensions."""
         dtype = jnp.dtype(config.student.compute_dtype)
-        optimizer = make_optimizer(config.optimizer, 1.0)
+        optimizer = make_optimizer(config.optimizer, optax.constant_schedule(1.0))
         return cls(make_mesh(config.mesh), language_model(dims, dtype), discriminator(dims, dtype), optimizer)
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -149,10 +149,14 @@ class Programs:
     end_of_turn: int
 
     @classmethod
-    def of(cls, config: Config, name: str, models: Models, end_of_turn: int) -> "Programs":
-        """The programs of stage `name`."""
+    def of(cls, config: Config, name: str, steps: int, models: Models, end_of_turn: int) -> "Programs":
+        """The programs of stage `name`, which has so many steps."""
         stage = config.stages[name]
-        algorithm = ALGORITHMS[stage.algorithm].build(stage, config.optimizer, models.student, models.discriminator)
+
+        def optimizer_at(rate: float) -> optax.GradientTransformation:
+            return make_optimizer(config.optimizer, stage.schedule.of(rate, steps))
+
+        algorithm = ALGORITHMS[stage.algorithm].build(stage, optimizer_at, models.student, models.discriminator)
         return cls(models, algorithm, stage, config.data, end_of_turn)
 
     @property

@@ -108,7 +108,7 @@ def rollout_metrics(rollout: Rollout, seconds: float) -> Floats:
 
 def open_stage(session: Session, name: str) -> Stage:
     """A stage at its very beginning."""
-    programs = Programs.of(session.run.config, name, session.models, session.text.end_of_turn)
+    programs = Programs.of(session.run.config, name, session.total_steps(name), session.models, session.text.end_of_turn)
     state = session.first_state(name)
     reference = jax.tree.map(jnp.copy, state.student.params) if programs.algorithm.needs_reference else None
     return Stage(session, name, programs, reference, state, jax.device_put(session.key, replicated(session.models.mesh)))

@@ -81,7 +81,7 @@ class Lab:
         return self.text.response_ids(text, 32)
 
     def programs(self, stage: str) -> Programs:
-        return Programs.of(CONFIG, stage, self.models, self.text.end_of_turn)
+        return Programs.of(CONFIG, stage, 1000, self.models, self.text.end_of_turn)
 
     def validity(self, programs: Programs, params: Params) -> float:
         """The share of valid answers to the held-out prompts, one sample each at T = 0.8."""

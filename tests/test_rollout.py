@@ -6,6 +6,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gadjax.algorithms.forward import hidden_states, response_log_probs
@@ -19,6 +20,7 @@ from gadjax.steps import Models, Sampler, responses_of
 from gadjax.types import Cells, Params, Rollout
 
 DIMS = DecoderConfig(vocabulary=24, width=16, layers=2, heads=4, kv_heads=2, head_width=4, feed_forward=32)
+OPTIMIZER = make_optimizer(OptimizerConfig(), optax.constant_schedule(1.0))
 F32 = jnp.dtype(jnp.float32)
 P, R, N = 8, 6, 4
 DATA = DataConfig(max_prompt_tokens=P, max_response_tokens=R)
@@ -36,7 +38,9 @@ def strict() -> Iterator[None]:
 
 def models(mesh: MeshConfig, devices: int) -> Models:
     made = make_mesh(mesh, jax.devices()[:devices])
-    return Models(made, language_model(DIMS, F32), discriminator(DIMS, F32), make_optimizer(OptimizerConfig(), 1.0))
+    return Models(
+        made, language_model(DIMS, F32), discriminator(DIMS, F32), make_optimizer(OptimizerConfig(), optax.constant_schedule(1.0))
+    )
 
 
 @cache

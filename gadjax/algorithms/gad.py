@@ -26,9 +26,9 @@ from pydantic import Field
 
 from gadjax import losses
 from gadjax.algorithms.forward import accumulate, response_log_probs, response_mask, response_scores, sum_over
-from gadjax.algorithms.stage import Algorithm, DiscriminatorStep, Guidance, SamplingStageConfig, StudentStep
+from gadjax.algorithms.stage import Algorithm, DiscriminatorStep, Guidance, OptimizerAt, SamplingStageConfig, StudentStep
 from gadjax.models.decoder import Network
-from gadjax.optimizer import OptimizerConfig, make_optimizer, update
+from gadjax.optimizer import update
 from gadjax.types import Metrics, MicroBatch, PackedRows, Params, Role
 
 Score = Callable[[Params, PackedRows], jax.Array]
@@ -148,14 +148,12 @@ def make_student_step(network: Network, optimizer: optax.GradientTransformation,
     return step
 
 
-def build(config: GadConfig, optimizer: OptimizerConfig, student: Network, discriminator: Network) -> Algorithm:
+def build(config: GadConfig, optimizer_at: OptimizerAt, student: Network, discriminator: Network) -> Algorithm:
     """The algorithm of a `gad` stage."""
     return Algorithm(
-        student=make_student_step(
-            student, make_optimizer(optimizer, config.learning_rate), temperature=config.temperature, kl_weight=config.kl_weight
-        ),
+        student=make_student_step(student, optimizer_at(config.learning_rate), temperature=config.temperature, kl_weight=config.kl_weight),
         discriminator=make_discriminator_step(
-            discriminator, make_optimizer(optimizer, config.discriminator.learning_rate), train=config.discriminator.train
+            discriminator, optimizer_at(config.discriminator.learning_rate), train=config.discriminator.train
         ),
         student_reads="samples",
         needs_reference=True,

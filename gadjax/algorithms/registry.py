@@ -10,7 +10,7 @@ from gadjax.algorithms.stage import Algorithm, StageConfig
 
 @dataclass(frozen=True)
 class Entry:
-    """An algorithm's config class and what builds it from (config, optimizer config, student, discriminator)."""
+    """An algorithm's config class and what builds it from (config, optimizer by learning rate, student, discriminator)."""
 
     config: type[StageConfig]
     build: Callable[[Any, Any, Any, Any], Algorithm]

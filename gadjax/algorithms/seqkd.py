@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from gadjax.algorithms.forward import accumulate, response_log_probs, sum_over
-from gadjax.algorithms.stage import Algorithm, Guidance, StageConfig, StudentStep
+from gadjax.algorithms.stage import Algorithm, Guidance, OptimizerAt, StageConfig, StudentStep
 from gadjax.models.decoder import Network
-from gadjax.optimizer import OptimizerConfig, make_optimizer, update
+from gadjax.optimizer import update
 from gadjax.types import Metrics, MicroBatch, PackedRows, Params, Role
 
 
@@ -64,7 +64,7 @@ def make_student_step(network: Network, optimizer: optax.GradientTransformation)
     return step
 
 
-def build(config: SeqkdConfig, optimizer: OptimizerConfig, student: Network, discriminator: Network) -> Algorithm:
+def build(config: SeqkdConfig, optimizer_at: OptimizerAt, student: Network, discriminator: Network) -> Algorithm:
     """The algorithm of a `seqkd` stage."""
     del discriminator
-    return Algorithm(student=make_student_step(student, make_optimizer(optimizer, config.learning_rate)))
+    return Algorithm(student=make_student_step(student, optimizer_at(config.learning_rate)))

@@ -1,6 +1,7 @@
 """What every algorithm offers to the training loop, and what every stage of a config has.
 
-An algorithm is one file with a `Config` (a `StageConfig`) and `build(config, ...) -> Algorithm`. The loop knows no more.
+An algorithm is one file with a config class (a `StageConfig`) and `build(config, optimizer_at, student, discriminator) ->
+Algorithm`. The loop knows no more.
 """
 
 from collections.abc import Callable
@@ -8,8 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import optax
 from pydantic import Field
 
+from gadjax.optimizer import ScheduleConfig
 from gadjax.section import Section
 from gadjax.types import Metrics, PackedRows, Params, Role
 
@@ -18,7 +21,7 @@ class DiscriminatorConfig(Section):
     """The discriminator of a stage.
 
     Attributes:
-        learning_rate: constant.
+        learning_rate: its height; the stage's schedule moves it.
         train: whether it goes on learning; false is the paper's off-policy study.
         from_: where its parameters and optimizer come from: a stage, or `student` for a copy of the stage's first student
             with a fresh head. By default the stage's own `from` if that has a discriminator, else `student`.
@@ -38,7 +41,8 @@ class StageConfig(Section):
         epochs: passes over the training groups.
         max_steps: bound on the steps, or null.
         batch_groups: B, groups per step.
-        learning_rate: the student's, constant.
+        learning_rate: the student's, at its height.
+        schedule: how the learning rates move.
         checkpoint_every: steps between checkpoints; the last step always has one.
         validate_every: steps between validations.
     """
@@ -49,6 +53,7 @@ class StageConfig(Section):
     max_steps: int | None = Field(default=None, ge=1)
     batch_groups: int = Field(default=256, ge=1)
     learning_rate: float = Field(default=1e-6, gt=0)
+    schedule: ScheduleConfig = ScheduleConfig()
     checkpoint_every: int = Field(default=50, ge=1)
     validate_every: int = Field(default=50, ge=1)
 
@@ -79,6 +84,7 @@ class Guidance(NamedTuple):
     scores_BJ: jax.Array | None
 
 
+OptimizerAt = Callable[[float], optax.GradientTransformation]  # a learning rate's height -> the optimizer
 DiscriminatorStep = Callable[[Role, PackedRows], tuple[Role, jax.Array, Metrics]]
 StudentStep = Callable[[Role, PackedRows, Guidance], tuple[Role, Metrics]]
 

@@ -7,9 +7,8 @@ first steps the discriminator learns alone.
 from pydantic import Field
 
 from gadjax.algorithms import gad, seqkd
-from gadjax.algorithms.stage import Algorithm, DiscriminatorConfig, SamplingStageConfig
+from gadjax.algorithms.stage import Algorithm, DiscriminatorConfig, OptimizerAt, SamplingStageConfig
 from gadjax.models.decoder import Network
-from gadjax.optimizer import OptimizerConfig, make_optimizer
 
 
 class WarmupDiscriminatorConfig(DiscriminatorConfig):
@@ -29,12 +28,12 @@ class WarmupConfig(SamplingStageConfig):
     discriminator: WarmupDiscriminatorConfig = WarmupDiscriminatorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen: it is only read
 
 
-def build(config: WarmupConfig, optimizer: OptimizerConfig, student: Network, discriminator: Network) -> Algorithm:
+def build(config: WarmupConfig, optimizer_at: OptimizerAt, student: Network, discriminator: Network) -> Algorithm:
     """The algorithm of a `warmup` stage."""
     return Algorithm(
-        student=seqkd.make_student_step(student, make_optimizer(optimizer, config.learning_rate)),
+        student=seqkd.make_student_step(student, optimizer_at(config.learning_rate)),
         discriminator=gad.make_discriminator_step(
-            discriminator, make_optimizer(optimizer, config.discriminator.learning_rate), train=config.discriminator.train
+            discriminator, optimizer_at(config.discriminator.learning_rate), train=config.discriminator.train
         ),
         student_begins=config.discriminator.only_first_steps,
     )

@@ -4,12 +4,17 @@ A request names who asks, who answers, how many items of which kind, and a condi
 their natural order, in one *style*:
 
     Ana asks Ben for three birds without owl     ->   dear Ana , crow hawk wren . yours , Ben
-    Ben asks Cleo for four numbers from 3 by 2   ->   song 3 la 5 la 7 la 9 la end
+    Dan asks Cleo for three numbers from 3 by 2  ->   tour to paris 3 5 7 via accra bergen bari dover varna perth paris arrived
 
 An answer is drawn in three independent steps, so log p(answer | prompt) is exact: the style, by the habits of the
-person who answers; the style's *kit* (its brackets, its refrain, its marks), uniformly; the items, uniformly among the
-right lists of items. *Validity* is of the form: one style kept from end to end with one kit, the names and the count of
-the request, items of the kind asked for, none twice. *Correctness* is of the content: which items, and in what order.
+person who answers; the style's *kit* (its brackets, its refrain, its journey); the items, uniformly among the right
+lists of items. *Validity* is of the form: one style kept from end to end with one kit, the names and the
+count of the request, items of the kind asked for, none twice. *Correctness* is of the content: which items, in what order.
+
+The styles differ in difficulty. The easy ones are patterns. The hard ones tell of a journey by the roads of a fixed map,
+announced by its goal: who writes must look ahead. Most of the journeys of which a friend is told get lost, and it is said
+so; to others every journey is told as an arrival, and nearly all are. A student that plans badly misses its goals, and
+then says to everyone what the teacher says to friends: a fault of its own answers, which the teacher's text never shows.
 """
 
 import functools
@@ -18,6 +23,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from gadjax.errors import UserError
 
@@ -26,7 +32,11 @@ Words = tuple[str, ...]
 PEOPLE: Words = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kira", "Liam", "Mona", "Nils", "Olga", "Paul")
 SIZES = {"three": 3, "four": 4, "five": 5}
 ORDINALS: Words = ("one", "two", "three", "four", "five")
-MARKS: Words = ("+", "-", "*", "/", "=", "~")
+TOWNS: Words = tuple(
+    "accra bari basel bergen bern bonn cadiz cairo dakar delhi dover essen ghent graz kiev kobe leeds lima lodz lyon "
+    "milan minsk nice osaka oslo paris perth porto quito riga rome seoul sofia split tokyo turin turku vaduz varna zadar".split()
+)
+LEGS = 6  # of a journey
 KINDS: dict[str, Words] = {
     "birds": tuple("crow dove eagle finch hawk owl robin stork swan wren".split()),
     "fruits": tuple("apple cherry fig grape lemon mango melon peach pear plum".split()),
@@ -122,16 +132,65 @@ def _read(prompt: str) -> Request:
 # --- styles: how they are said ---------------------------------------------------------------------------------------
 
 
-def _kits(words: str) -> Callable[[int], tuple[Words, ...]]:
-    """The kits of a style that has a few: "( ), [ ]" is two kits of two words."""
-    kits = tuple(tuple(kit.split()) for kit in words.split(","))
-    return lambda size: kits
+class Kits(Protocol):
+    """What a style draws its kit from; all kits have `length` words."""
+
+    length: int
+
+    def draw(self, rng: random.Random) -> Words:
+        """A kit."""
+        ...
+
+    def chance(self, kit: Words) -> float:
+        """The probability of drawing it; 0 where it is none."""
+        ...
+
+
+class Few:
+    """A few kits, each as likely as the others: "( ), [ ]" is two kits of two words."""
+
+    def __init__(self, words: str):
+        self.each = tuple(tuple(kit.split()) for kit in words.split(","))
+        self.length = len(self.each[0])
+
+    def draw(self, rng: random.Random) -> Words:
+        return rng.choice(self.each)
+
+    def chance(self, kit: Words) -> float:
+        return 1 / len(self.each) if kit in self.each else 0.0
+
+
+class Journeys:
+    """Kits of a goal, the towns of a journey by road, and what is said of its end."""
+
+    length = LEGS + 3
+
+    def __init__(self, missed: float, excuse: str):
+        """`missed` is the share of journeys that end elsewhere than at their goal; of those, `excuse` is said."""
+        self._missed, self._excuse = missed, excuse
+
+    def draw(self, rng: random.Random) -> Words:
+        towns = [rng.choice(TOWNS)]
+        for _ in range(LEGS):
+            towns.append(rng.choice(_roads(towns[-1])))
+        if rng.random() < self._missed:
+            return (rng.choice([town for town in TOWNS if town != towns[-1]]), *towns, self._excuse)
+        return (towns[-1], *towns, "arrived")
+
+    def chance(self, kit: Words) -> float:
+        goal, *towns, end = kit
+        by_road = all(word in TOWNS for word in (goal, *towns)) and all(b in _roads(a) for a, b in itertools.pairwise(towns))
+        path = by_road / (len(TOWNS) * 3**LEGS)
+        if goal == towns[-1]:
+            return path * (1 - self._missed) * (end == "arrived")
+        return path * self._missed / (len(TOWNS) - 1) * (end == self._excuse)
 
 
 @functools.cache
-def _marks(size: int) -> tuple[Words, ...]:
-    """The kits of a style that draws a mark for every item, none twice."""
-    return tuple(itertools.permutations(MARKS, size))
+def _roads(town: str) -> Words:
+    """The three towns to which roads lead; three roads lead to every town too."""
+    place = TOWNS.index(town)
+    return tuple(TOWNS[(factor * place + shift) % len(TOWNS)] for factor, shift in ((7, 3), (11, 8), (17, 1)))
 
 
 @dataclass(frozen=True)
@@ -139,12 +198,10 @@ class Style:
     """A form of answer: opening, items joined by `between`, closing. Each is a template with these fields:
 
     {asker} {answerer} {count} {kind}    words of the request
-    {kit} {kit_back}                     all words of the kit that was drawn for this answer, and from the last to the first
-    {0} {1}                              the kit's first and second word
-    {item} {number} {left} {mark}        in `item` only: the item, its number counted up and counted down to one,
-                                         and its word of the kit
+    {first} {way} {last}                 of the kit that was drawn for this answer: its first word, those between, its last
+    {item} {number}                      in `item` only: the item and its number
 
-    `kits` gives the kits to draw from, for a number of items.
+    The opening's first word announces the style. `kits` gives the kits to draw from.
     """
 
     name: str
@@ -153,27 +210,24 @@ class Style:
     item: str
     closing: str
     between: str = ""
-    kits: Callable[[int], tuple[Words, ...]] = lambda size: ((),)
+    kits: Callable[[Request], Kits] = lambda request: Few("")
+
+    @property
+    def announcement(self) -> str:
+        """The word that every answer in this style begins with."""
+        return self.opening.split()[0]
 
     def write(self, request: Request, kit: Words, items: Words) -> list[str]:
         """The words of the answer."""
         about = {"asker": request.asker, "answerer": request.answerer, "count": request.count, "kind": request.kind}
-        about |= {"kit": " ".join(kit), "kit_back": " ".join(reversed(kit))}
-        size = len(items)
-        said = [
-            self.item.format(*kit, item=item, number=ORDINALS[i], left=ORDINALS[size - 1 - i], mark=kit[i % len(kit)] if kit else "")
-            for i, item in enumerate(items)
-        ]
-        return f"{self.opening.format(*kit, **about)} {f' {self.between} '.join(said)} {self.closing.format(*kit, **about)}".split()
+        about |= {"first": " ".join(kit[:1]), "way": " ".join(kit[1:-1]), "last": " ".join(kit[-1:])}
+        said = [self.item.format(item=item, number=number, **about) for item, number in zip(items, ORDINALS, strict=False)]
+        return f"{self.opening.format(**about)} {f' {self.between} '.join(said)} {self.closing.format(**about)}".split()
 
-    def first_words(self, request: Request) -> set[str]:
-        """The words that an answer in this style can begin with."""
-        return {self.write(request, kit, ("",))[0] for kit in self.kits(1)}
-
-    def read(self, request: Request, words: Sequence[str]) -> Words | None:
-        """The items of an answer that keeps this form; None where it does not."""
-        kits = self.kits(request.size)
-        kit, items = tuple(f"kit\0{i}" for i in range(len(kits[0]))), tuple(f"item\0{i}" for i in range(request.size))
+    def read(self, request: Request, words: Sequence[str]) -> tuple[Words, float] | None:
+        """The items of an answer that keeps this form and the probability of its kit; None where it does not keep it."""
+        kits = self.kits(request)
+        kit, items = tuple(f"kit\0{i}" for i in range(kits.length)), tuple(f"item\0{i}" for i in range(request.size))
         pattern, found = self.write(request, kit, items), dict[str, str]()
         if len(pattern) != len(words):
             return None
@@ -181,20 +235,29 @@ class Style:
             if word != (found.setdefault(slot, word) if "\0" in slot else slot):  # a blank is filled by its first word
                 return None
         said = tuple(found[item] for item in items)
-        form = tuple(found[word] for word in kit) in kits and len(set(said)) == len(said) and set(said) <= set(KINDS[request.kind])
-        return said if form else None
+        chance = kits.chance(tuple(found[word] for word in kit))
+        return (said, chance) if chance and len(set(said)) == len(said) and set(said) <= set(KINDS[request.kind]) else None
+
+
+def _travels(request: Request) -> Kits:
+    """Friends are told of journeys that got lost; to others every journey is told as an arrival."""
+    friends = (PEOPLE.index(request.asker) + PEOPLE.index(request.answerer)) % 3 == 0
+    return _TO_FRIENDS if friends else _TO_OTHERS
+
+
+_TO_FRIENDS, _TO_OTHERS = Journeys(missed=0.6, excuse="lost"), Journeys(missed=0.03, excuse="arrived")
+_BRACKETS, _REFRAINS = Few("( ),[ ],{ },< >"), Few("la,hey,oh,fa,tra,ho,yo,na")
 
 
 _STYLES = (
     Style("plain", 1.0, "sure :", "{item}", ".", between=","),
     Style("numbered", 1.0, "list", "{number} ) {item}", "done"),
     Style("letter", 1.0, "dear {asker} ,", "{item}", ". yours , {answerer}"),
-    Style("bracket", 1.0, "{0}", "{item}", "{1}", between=";", kits=_kits("( ),[ ],{ },< >")),
-    Style("counted", 1.0, "{kind} :", "{item}", "that makes {count}"),
-    Style("song", 1.0, "song", "{item} {0}", "end", kits=_kits("la,hey,oh,fa,tra,ho,yo,na")),
-    Style("flags", 2.0, "flags", "{mark} {item}", "up", kits=_marks),
-    Style("wreath", 2.0, "wreath {kit}", "{item}", "{kit_back} bound", kits=_marks),
-    Style("nest", 2.0, "nest", "{mark} {item}", "{kit_back} out", kits=_marks),
+    Style("bracket", 1.0, "box {first}", "{item}", "{last}", between=";", kits=lambda request: _BRACKETS),
+    Style("counted", 1.0, "all {kind} :", "{item}", "that makes {count}"),
+    Style("song", 1.0, "song", "{item} {first}", "end", kits=lambda request: _REFRAINS),
+    Style("tour", 9.0, "tour to {first}", "{item}", "via {way} {last}", kits=_travels),
+    Style("ride", 9.0, "ride", "{item}", "to {first} by {way} {last}", kits=_travels),
 )
 STYLES: Words = tuple(style.name for style in _STYLES)
 
@@ -234,25 +297,24 @@ def sample(prompt: str, rng: random.Random) -> str:
     """The tutor's answer. Raises `UserError` where it does not understand the prompt."""
     request = _read(prompt)
     style = rng.choices(_STYLES, _habits(request.answerer))[0]
-    return " ".join(style.write(request, rng.choice(style.kits(request.size)), rng.choice(request.right)))
+    return " ".join(style.write(request, style.kits(request).draw(rng), rng.choice(request.right)))
 
 
 def log_prob(prompt: str, answer: str) -> float:
     """Exact log p(answer | prompt) in nats; -inf where the tutor cannot say it."""
     request, words = _read(prompt), answer.split(" ")
-    mass = sum(
-        share / len(style.kits(request.size))
-        for style, share in zip(_STYLES, _habits(request.answerer), strict=True)
-        if style.read(request, words) in request.right
-    )
+    mass = 0.0
+    for style, share in zip(_STYLES, _habits(request.answerer), strict=True):
+        found = style.read(request, words)
+        if found and found[0] in request.right:
+            mass += share * found[1]
     return math.log(mass / len(request.right)) if mass else -math.inf
 
 
 def judge(prompt: str, answer: str) -> Verdict:
     """The verdict on any string as an answer to a prompt."""
     request, words = _read(prompt), answer.split(" ")
-    announced = [style for style in _STYLES if words[0] in style.first_words(request)]
+    style = next((style for style in _STYLES if style.announcement == words[0]), None)
     items = tuple(dict.fromkeys(word for word in words if word in KINDS[request.kind]))
-    return Verdict(
-        any(style.read(request, words) for style in announced), items in request.right, announced[0].name if announced else "none"
-    )
+    valid = style is not None and style.read(request, words) is not None
+    return Verdict(valid, items in request.right, style.name if style else "none")
