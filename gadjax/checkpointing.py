@@ -100,6 +100,12 @@ class Checkpoints:
             raise UserError(str(folder), f"{changed[0]} was changed after it was written", mend)
 
 
+def checkpoint_digest(folder: Path, step: int) -> str | None:
+    """What names the content of a checkpoint: the SHA-256 of its manifest, or None where there is no such checkpoint."""
+    manifest = folder / str(step) / MANIFEST
+    return _sha256(manifest) if manifest.is_file() else None
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -105,12 +105,15 @@ def report(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def export(stage: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run's folder and, if not the last, a stage.")]) -> None:
-    """Write a stage's student as a Hugging Face folder.
+def export(
+    stage: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run's folder and, if not the last, a stage.")],
+    discriminator: Annotated[bool, typer.Option("--discriminator", help="The stage's discriminator: a classifier with one label.")] = False,
+) -> None:
+    """Write a stage's student, or its discriminator, as a Hugging Face folder.
 
     Example: gadjax export runs/quickstart/gad
     """
-    _call("export", stage)
+    _call("export", stage, discriminator)
 
 
 def _call(command: str, *arguments: Any) -> None:

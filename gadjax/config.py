@@ -103,11 +103,7 @@ class DataConfig(Section):
 
 
 def _default_stages() -> dict[str, StageConfig]:
-    return {
-        "seqkd": SeqkdConfig(epochs=3, learning_rate=5e-6),
-        "warmup": WarmupConfig(epochs=1, learning_rate=5e-6),
-        "gad": GadConfig.model_validate({"from": "warmup", "epochs": 2, "learning_rate": 1e-6}),
-    }
+    return {"seqkd": SeqkdConfig(), "warmup": WarmupConfig(), "gad": GadConfig.model_validate({"from": "warmup"})}
 
 
 class Config(Section):

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from gadjax.algorithms.seqkd import make_sequence_log_probs
+from gadjax.checkpointing import checkpoint_digest
 from gadjax.config import UNTOUCHED
 from gadjax.data.packing import Ids, pack
 from gadjax.data.snapshot import Example
 from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
 from gadjax.evaluation.samples import MODES, Samples
+from gadjax.files import replace_file, to_json
 from gadjax.runs import Run
 from gadjax.session import Session
 from gadjax.sharding import replicated
@@ -64,8 +66,18 @@ class Answerer:
         return np.asarray(self._log_probs(params, rows))[:, 0].tolist()
 
 
+def _origin(session: Session, name: str) -> str:
+    """What a stage's answers come from, as JSON: the data, and the final checkpoint or the section of the untouched student."""
+    config = session.run.config
+    if name == UNTOUCHED:
+        weights: object = {"student": config.student.model_dump(), "seed": config.run.seed}
+    else:
+        weights = {"checkpoint": checkpoint_digest(session.run.checkpoints(name), session.total_steps(name))}
+    return to_json({"data": session.snapshot.digest, "weights": weights}, indent=1)
+
+
 def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
-    """Measures every stage; answers that were written already are read, not made again."""
+    """Measures every stage; answers that were written already are read, unless the weights or the data are others now."""
     examples = [session.snapshot.validation[index] for index in range(len(session.snapshot.validation))]
     tutor = session.run.config.teacher.backend == "tutor"
     vocabulary = session.dims.vocabulary if tutor else None
@@ -74,13 +86,15 @@ def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
     with track("evaluate", len(names) * len(MODES)) as advance:
         for index, name in enumerate(names):
             file = session.run.folder / "evaluation" / f"{name}.jsonl"
-            if not file.exists():
+            mark, origin = file.with_suffix(".origin.json"), _origin(session, name)
+            if not (file.exists() and mark.exists() and mark.read_text(encoding="utf-8") == origin):
                 params = session.student_params(name)
                 answers: dict[str, Samples] = {}
                 for number, mode in enumerate(MODES):
                     answers[mode] = answerer.answer(params, examples, mode)
                     advance(index * len(MODES) + number, name)
                 write_answers(file, answers, tutor)
+                replace_file(mark, origin)
             measured[name] = measure(read_answers(file), vocabulary)
             advance((index + 1) * len(MODES), name)
     return measured

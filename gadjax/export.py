@@ -1,19 +1,68 @@
-"""A trained student as a Hugging Face folder."""
+"""A trained student, or discriminator, as a Hugging Face folder."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
 
-from gadjax.models.checkpoint import save
+from gadjax.algorithms.stage import SamplingStageConfig
+from gadjax.checkpointing import checkpoint_digest
+from gadjax.errors import UserError
+from gadjax.models.checkpoint import save, tokenizer_files
 from gadjax.session import Session
+from gadjax.text import Text
+
+ORIGIN = "gadjax.json"  # in an exported folder: what it was made from
 
 
 def export_stage(session: Session, name: str) -> Path:
-    """Writes the student of stage `name` to the run's `export/<stage>` and returns the folder. One that is there is kept."""
-    folder = session.run.folder / "export" / name
-    if folder.exists():
-        return folder
-    params = session.student_params(name)
+    """Writes the student of stage `name` to the run's `export/<stage>` and returns the folder; one of this checkpoint is kept.
+
+    Raises:
+        UserError: the stage is not trained yet.
+    """
     tokens = {"eos_token_id": session.text.end_of_turn, "pad_token_id": session.text.pad}
-    save(folder, session.family, session.dims, jax.device_get(params), tokens, session.folder)
+    return _export(session, name, "student", session.run.folder / "export" / name, tokens, tokenizer_files(session.folder))
+
+
+def export_discriminator(session: Session, name: str) -> Path:
+    """Writes the discriminator of stage `name` to `export/<stage>-discriminator` and returns the folder; one of this checkpoint is kept.
+
+    It is a sequence classifier. Its one logit is D(x, y) for the ids of a rendered prompt and a response that ends, if it is whole,
+    with the end of turn and nothing after it; a batch may be padded on either side.
+
+    Raises:
+        UserError: the stage has no discriminator or is not trained yet.
+    """
+    if not isinstance(session.run.config.stages[name], SamplingStageConfig):
+        raise UserError(f"stages.{name}", "has no discriminator", "name a stage of algorithm warmup or gad")
+    pad, files = with_padding(session.text, tokenizer_files(session.folder))
+    tokens = {"eos_token_id": session.text.end_of_turn, "pad_token_id": pad}
+    return _export(session, name, "discriminator", session.run.folder / "export" / f"{name}-discriminator", tokens, files)
+
+
+def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[str, int], files: dict[str, bytes]) -> Path:
+    digest = checkpoint_digest(session.run.checkpoints(name), session.total_steps(name))
+    origin = json.dumps({"stage": name, "role": role, "checkpoint": digest}, indent=2).encode()
+    if folder.exists():
+        if (folder / ORIGIN).is_file() and (folder / ORIGIN).read_bytes() == origin:
+            return folder
+        shutil.rmtree(folder)  # of another checkpoint
+    params = session.final_role(name, role).params
+    save(folder, session.family, session.dims, jax.device_get(params), tokens, files | {ORIGIN: origin})
     return folder
+
+
+def with_padding(text: Text, files: dict[str, bytes]) -> tuple[int, dict[str, bytes]]:
+    """A padding id with which no response ends, and the tokenizer's files with that padding.
+
+    transformers takes the score at the last token that is not padding. Where the tokenizer pads with the end of turn, or names no
+    padding, the last of its control tokens does it, which in Llama 3 is a reserved one.
+    """
+    if text.pad != text.end_of_turn:
+        return text.pad, files
+    added = {token["id"]: token["content"] for token in json.loads(files["tokenizer.json"])["added_tokens"]}
+    pad = max(added.keys() - {text.end_of_turn})
+    named = [name for name in ("tokenizer_config.json", "special_tokens_map.json") if name in files]
+    return pad, files | {name: json.dumps(json.loads(files[name]) | {"pad_token": added[pad]}, indent=2).encode() for name in named}

@@ -5,13 +5,15 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from gadjax.config import Config
 from gadjax.data.snapshot import Example, Snapshot, freeze
 from gadjax.errors import UserError
-from gadjax.models.checkpoint import TOKENIZER_FILES
+from gadjax.models.checkpoint import TOKENIZER_FILES, open_weights
+from gadjax.models.decoder import language_model
 from gadjax.models.fresh import write_fresh
 from gadjax.records import Answer, Prompt, TokenGroup
 from gadjax.runs import Run
@@ -21,7 +23,7 @@ from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.collect import answers, collect
 from gadjax.teachers.openai import api_key, price_of
 from gadjax.terminal import say, track
-from gadjax.text import Text
+from gadjax.text import PromptTooLong, Text
 
 WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]  # what is fetched of a hub repository
 
@@ -40,7 +42,9 @@ def check_student(run: Run) -> None:
     """Tells what is wrong with the student and the mesh. A student of the hub is fetched for that."""
     make_mesh(run.config.mesh)
     if run.config.student.path is not None:
-        read_student(given_student(run.config.student.path))
+        folder = given_student(run.config.student.path)
+        _, family, dims = read_student(folder)
+        open_weights(folder, family, language_model(dims, jnp.dtype(jnp.float32)).shapes)
 
 
 def collect_answers(run: Run) -> None:
@@ -61,10 +65,7 @@ def prepare_data(run: Run) -> Path:
     Data that a stage has begun to train on is kept as it is, whatever was collected since.
     """
     config, (train, validation) = run.config, run.prompts
-    with TeacherCache(run.cache) as cache:
-        answered = {"train": answers(train, config.teacher, cache), "validation": answers(validation, config.teacher, cache)}
-    if not all(answered.values()):
-        raise UserError(str(run.cache), "holds no answers to the prompts of both splits", "run `gadjax collect` first")
+    answered = _answers(run)
     prompts = {prompt.id: prompt for prompt in [*train, *validation]}
     folder = student_folder(run, [text for answer in answered["train"] for text in (prompts[answer.prompt_id].text, answer.text)])
     fingerprint = _fingerprint(config, folder, answered)
@@ -74,10 +75,25 @@ def prepare_data(run: Run) -> Path:
         if run.begun():
             say(f"prepare: other answers or another tokenizer than in {run.data}; the stages go on with the data that they began with")
             return folder
-    text = Text.load(str(folder))
-    freeze(run.data, {split: _examples(text, config, prompts, found) for split, found in answered.items()}, fingerprint)
-    say(f"prepare: {len(answered['train'])} groups to train on, {len(answered['validation'])} held out")
+    text, left_out = Text.load(str(folder)), set[str]()
+    freeze(run.data, {split: _examples(text, config, prompts, found, left_out) for split, found in answered.items()}, fingerprint)
+    if left_out:
+        say(f"prepare: {len(left_out)} prompts are left out: too long for data.max_prompt_tokens even without their last text")
+    groups = {split: sum(answer.prompt_id not in left_out for answer in found) for split, found in answered.items()}
+    say(f"prepare: {groups['train']} groups to train on, {groups['validation']} held out")
     return folder
+
+
+def _answers(run: Run) -> dict[str, list[Answer]]:
+    """The cached answers to the prompts of each split; some to both."""
+    train, validation = run.prompts
+    answered: dict[str, list[Answer]] = {}
+    if run.cache.exists():
+        with TeacherCache(run.cache, read_only=True) as cache:
+            answered = {"train": answers(train, run.config.teacher, cache), "validation": answers(validation, run.config.teacher, cache)}
+    if not answered or not all(answered.values()):
+        raise UserError(str(run.cache), "holds no answers to the prompts of both splits", "run `gadjax collect` first")
+    return answered
 
 
 def student_folder(run: Run, texts: Sequence[str]) -> Path:
@@ -103,12 +119,19 @@ def given_student(path: str) -> Path:
         raise UserError("student.path", f"{path} {what} ({type(error).__name__})", "name a Hugging Face folder or hub model") from error
 
 
-def _examples(text: Text, config: Config, prompts: dict[str, Prompt], found: Sequence[Answer]) -> Iterator[Example]:
+def _examples(text: Text, config: Config, prompts: dict[str, Prompt], found: Sequence[Answer], left_out: set[str]) -> Iterator[Example]:
+    """The answers as examples. Prompts that are too long go into `left_out`; where all are, that is an error."""
     for answer in found:
         prompt = prompts[answer.prompt_id]
-        ids = text.prompt_ids(prompt.messages, config.data.max_prompt_tokens)
+        try:
+            ids = text.prompt_ids(prompt.messages, config.data.max_prompt_tokens)
+        except PromptTooLong:
+            left_out.add(prompt.id)
+            continue
         response = text.response_ids(answer.text, config.data.max_response_tokens, answer.truncated)
         yield Example(prompt, answer, TokenGroup(prompt.id, ids, response))
+    if all(answer.prompt_id in left_out for answer in found):
+        raise PromptTooLong
 
 
 def _fingerprint(config: Config, folder: Path, answered: dict[str, list[Answer]]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from gadjax.errors import UserError
 from gadjax.records import Message, Prompt
 from gadjax.rows import read_rows
 from gadjax.section import Section
+from gadjax.terminal import say
 
 ROLES = ("system", "user", "assistant")
 
@@ -28,23 +29,33 @@ class PromptsConfig(Section):
 
 
 def read_prompts(path: str, where: str) -> list[Prompt]:
-    """The prompts of a file, in its order.
+    """The prompts of a file, in its order, each once: rows with the same messages as an earlier one are left out, which is said.
 
     Raises:
-        UserError: a row is broken, holds no prompt, or has an id that another has; names the line.
+        UserError: a row is broken, holds no prompt, or has the id of another prompt; names the line.
     """
-    return distinct((place, prompt_of(row, place)) for place, row in read_rows(path, where))
+    rows = [(place, prompt_of(row, place)) for place, row in read_rows(path, where)]
+    prompts = distinct(rows)
+    if len(prompts) < len(rows):
+        say(f"{where}: {len(rows) - len(prompts)} rows of {path} are left out: their prompts stand in earlier rows")
+    return prompts
 
 
 def distinct(prompts: Iterable[tuple[str, Prompt]]) -> list[Prompt]:
-    """The prompts, once it is known that no two have the same id; each comes with its place for the error."""
-    places, found = dict[str, str](), list[Prompt]()
+    """The first prompt of all with the same messages; each comes with its place for the error.
+
+    Raises:
+        UserError: two prompts have the same id and other messages.
+    """
+    places, found = dict[str, str](), dict[str, Prompt]()
     for place, prompt in prompts:
+        messages = str(prompt.messages)
+        if messages in found:
+            continue
         if prompt.id in places:
-            raise UserError(place, f"its id or text is that of {places[prompt.id]}", "remove one of the two or give them ids")
-        places[prompt.id] = place
-        found.append(prompt)
-    return found
+            raise UserError(place, f"its id {prompt.id!r} is that of {places[prompt.id]}", "give every prompt an id of its own, or none")
+        places[prompt.id], found[messages] = place, prompt
+    return list(found.values())
 
 
 def prompt_of(row: Mapping[str, object], place: str) -> Prompt:

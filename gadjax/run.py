@@ -1,19 +1,19 @@
 """The commands that make a run: each part by name, and all of it in one go. Every one goes on where it stopped."""
 
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gadjax.errors import UserError
 from gadjax.evaluate import evaluate_stages, evaluated_stages
 from gadjax.evaluation.summary import summarise
 from gadjax.evaluation.table import print_table
-from gadjax.export import export_stage
+from gadjax.export import export_discriminator, export_stage
 from gadjax.files import replace_file, to_json
 from gadjax.prepare import check_student, check_teacher, collect_answers, prepare_data, student_folder
 from gadjax.report.page import write_report
-from gadjax.runs import Run
+from gadjax.runs import Clock, Run
 from gadjax.session import Session
 from gadjax.terminal import console, say
 from gadjax.train import train_stage
@@ -21,35 +21,38 @@ from gadjax.train import train_stage
 
 def run(config: Path, overrides: list[str]) -> None:
     """Everything: collect, prepare, train, evaluate, report, export."""
-    started = time.monotonic()
-    opened = _begin(config, overrides, check_teacher, check_student)
-    collect_answers(opened)
-    session = _session(opened)
-    _train(session)
-    _evaluate(session, started)
-    _report(opened)
-    name = opened.config.evaluation.export or list(opened.config.stages)[-1]
-    say(f"export: {export_stage(session, name)}")
+    with _begun(config, overrides, check_teacher, check_student) as (opened, clock):
+        collect_answers(opened)
+        session = _session(opened)
+        _train(session)
+        _evaluate(session, clock)
+        _report(opened)
+        name = opened.config.evaluation.export or list(opened.config.stages)[-1]
+        say(f"export: {export_stage(session, name)}")
 
 
 def collect(config: Path, overrides: list[str]) -> None:
     """The teacher's answers; needs no student, tokenizer or device."""
-    collect_answers(_begin(config, overrides, check_teacher))
+    with _begun(config, overrides, check_teacher) as (opened, _):
+        collect_answers(opened)
 
 
 def prepare(config: Path, overrides: list[str]) -> None:
     """The frozen data."""
-    prepare_data(_begin(config, overrides, check_student))
+    with _begun(config, overrides, check_student) as (opened, _):
+        prepare_data(opened)
 
 
 def train(config: Path, overrides: list[str]) -> None:
     """All stages."""
-    _train(_session(_begin(config, overrides, check_student)))
+    with _begun(config, overrides, check_student) as (opened, _):
+        _train(_session(opened))
 
 
 def evaluate(config: Path, overrides: list[str]) -> None:
     """The table of all stages."""
-    _evaluate(_session(_begin(config, overrides, check_student)), time.monotonic())
+    with _begun(config, overrides, check_student) as (opened, clock):
+        _evaluate(_session(opened), clock)
 
 
 def report(config: Path, overrides: list[str]) -> None:
@@ -57,8 +60,8 @@ def report(config: Path, overrides: list[str]) -> None:
     _report(Run.open(config, overrides))
 
 
-def export(stage: str) -> None:
-    """A stage of a run, `RUN` or `RUN/STAGE`, as a Hugging Face folder."""
+def export(stage: str, discriminator: bool = False) -> None:
+    """A stage's student of a run, `RUN` or `RUN/STAGE`, or its discriminator, as a Hugging Face folder."""
     folder, name = Path(stage), None
     if not (folder / "config.yaml").is_file():
         folder, name = folder.parent, folder.name
@@ -70,17 +73,20 @@ def export(stage: str) -> None:
         raise UserError(stage, f"the run has no stage {name}", f"use one of {', '.join(names)}")
     if not opened.begun(name or names[-1]):
         raise UserError(stage, "is not trained yet", "run `gadjax train` with its config first")
-    session = Session.open(opened, student_folder(opened, ()))  # the answers are not needed any more
-    say(f"export: {export_stage(session, name or names[-1])}")
+    with opened.locked():
+        session = Session.open(opened, student_folder(opened, ()))  # the answers are not needed any more
+        write = export_discriminator if discriminator else export_stage
+        say(f"export: {write(session, name or names[-1])}")
 
 
-def _begin(config: Path, overrides: list[str], *checks: Callable[[Run], None]) -> Run:
-    """Opens a run; its folder is made, or taken up, when nothing is wrong."""
+@contextmanager
+def _begun(config: Path, overrides: list[str], *checks: Callable[[Run], None]) -> Iterator[tuple[Run, Clock]]:
+    """A run that no other process writes to; its folder is made, or taken up, when nothing is wrong."""
     opened = Run.open(config, overrides)
     for check in checks:
         check(opened)
-    opened.begin()
-    return opened
+    with opened.begin() as clock:
+        yield opened, clock
 
 
 def _session(opened: Run) -> Session:
@@ -92,14 +98,14 @@ def _train(session: Session) -> None:
         train_stage(session, name)
 
 
-def _evaluate(session: Session, started: float) -> None:
-    """Measures, prints the table and writes summary.json; its seconds stay those of the call that measured first."""
+def _evaluate(session: Session, clock: Clock) -> None:
+    """Measures, prints the table and writes summary.json, unless it holds these numbers already."""
     measured = evaluate_stages(session)
     file = session.run.folder / "summary.json"
-    before = json.loads(file.read_text()) if file.exists() else None
-    seconds = before["seconds"] if before else time.monotonic() - started
-    summary = summarise(measured, seconds)
-    replace_file(file, to_json(summary, indent=2))
+    summary = summarise(measured, clock.seconds)
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if summary != before | {"seconds": summary["seconds"]}:
+        replace_file(file, to_json(summary, indent=2))
     print_table(summary, console)
 
 

@@ -1,10 +1,14 @@
 """A run: one config and the folder where all that it makes lives.
 
 config.yaml  summary.json  teacher.sqlite  data/  student/  stages/<name>/{checkpoints/,metrics.jsonl}
-tensorboard/  evaluation/  report/index.html  export/<stage>/
+tensorboard/  evaluation/  report/index.html  export/<stage>/  .lock  .seconds
 """
 
+import fcntl
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +29,42 @@ _MAY_CHANGE = (
 )
 
 CONFIG = "config.yaml"
+LOCK, CLOCK = ".lock", ".seconds"
+TICK = 10.0  # seconds that a killed process loses of the clock, at most
+
+
+class Clock:
+    """The wall seconds that the commands of a run have taken, all calls together: kept in a file, to which every call adds its own."""
+
+    def __init__(self, file: Path):
+        self._file, self._started = file, time.monotonic()
+        self._before = float(file.read_text()) if file.exists() else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Up to now."""
+        return self._before + time.monotonic() - self._started
+
+    @contextmanager
+    def running(self) -> Iterator["Clock"]:
+        """Keeps the file up to date, so that a process that is killed has counted too."""
+        stop = threading.Event()
+        thread = threading.Thread(target=self._tick, args=(stop,), daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            thread.join()
+            self._keep()
+
+    def _tick(self, stop: threading.Event) -> None:
+        while not stop.wait(TICK):
+            self._keep()
+
+    def _keep(self) -> None:
+        with suppress(OSError):  # a full disk is told by what matters more
+            replace_file(self._file, f"{self.seconds:.1f}\n")
 
 
 @dataclass(frozen=True)
@@ -51,12 +91,34 @@ class Run:
         """The run that lies in a folder, wherever it was made."""
         return cls(load_config(folder / CONFIG, []), folder)
 
-    def begin(self) -> None:
-        """Makes the folder, where there is none, and writes the config into it."""
-        try:
-            replace_file(self.folder / CONFIG, dump_config(self.config))
-        except OSError as error:
-            raise UserError("run.folder", f"{self.folder} cannot be written to ({error.strerror})", "choose another folder") from error
+    @contextmanager
+    def begin(self) -> Iterator[Clock]:
+        """Makes the folder, where there is none, writes the config into it, and keeps it for this process alone.
+
+        Raises:
+            UserError: the folder cannot be written to, another process is using it, or did so with another config since `open`.
+        """
+        with _told_of(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with self.locked():
+            self._check_unchanged()
+            with _told_of(self.folder):
+                replace_file(self.folder / CONFIG, dump_config(self.config))
+            with Clock(self.folder / CLOCK).running() as clock:
+                yield clock
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing into the folder; the system ends it with the process, however that ends.
+
+        Raises:
+            UserError: another process keeps it, or the folder cannot be written to.
+        """
+        with ExitStack() as stack:
+            with _told_of(self.folder):
+                lock = stack.enter_context((self.folder / LOCK).open("a"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
 
     @cached_property
     def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
@@ -101,6 +163,17 @@ class Run:
             if not waits and not any(f"{field}.".startswith(f"{free}.") for free in _MAY_CHANGE):
                 what = f"was made with {field} = {old!r}, the config says {new!r}"
                 raise UserError(str(self.folder), what, "undo the change or choose another run.name")
+
+
+@contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """What the system refuses, as the user's mistake."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise UserError(str(folder), "another gadjax process is using it", "wait until it has ended, or choose another run.name") from error
+    except OSError as error:
+        raise UserError("run.folder", f"{folder} cannot be written to ({error.strerror})", "choose another folder") from error
 
 
 def _differences(field: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:

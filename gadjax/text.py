@@ -27,6 +27,13 @@ EDGE = "\u2003"
 DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
+class PromptTooLong(UserError):
+    """A prompt has no place even without the user's last text."""
+
+    def __init__(self) -> None:
+        super().__init__("data.max_prompt_tokens", "a prompt is too long even without its last text", "raise it or leave the prompt out")
+
+
 class Text:
     """A student's tokenizer and chat template.
 
@@ -75,7 +82,8 @@ class Text:
         Where they are too many, the user's last text is cut on the right, at a character; the template's tail stays.
 
         Raises:
-            UserError: the prompt is empty, the template refuses it, or it is too long even without the user's last text.
+            PromptTooLong: it is so even without the user's last text.
+            UserError: the prompt is empty, or the template refuses it.
         """
         turns = checked_messages(list(messages), "prompt")
         pieces = self._render(turns, header=True)
@@ -127,7 +135,7 @@ class Text:
         while 0 < tokens < len(encoding) and encoding.offsets[tokens][0] < encoding.offsets[tokens - 1][1]:
             tokens -= 1
         if tokens < 1:
-            raise UserError("data.max_prompt_tokens", "a prompt is too long even without its last text", "raise it or leave the prompt out")
+            raise PromptTooLong
         return encoding.ids[:tokens]
 
     def _find_end_of_turn(self) -> int:

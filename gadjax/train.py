@@ -4,6 +4,7 @@ One step of a stage that samples: prompts -> rollout -> rows of teacher and samp
 rows of the student's responses -> student (update). A stage without a discriminator has only the last two.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from gadjax.algorithms.stage import Guidance
 from gadjax.checkpointing import Checkpoints
 from gadjax.data.packing import pack
 from gadjax.data.pipeline import batches
+from gadjax.errors import UserError
 from gadjax.metrics import MetricsLog
 from gadjax.records import TokenGroup
 from gadjax.session import Session
@@ -44,6 +46,35 @@ class Stopwatch:
 
 
 @dataclass
+class Pending:
+    """A step that was given to the device and may not be done: its metrics are fetched while the next one runs.
+
+    Attributes:
+        host: what the host knows already.
+        device: metrics on the device; they are ready when the student's update is.
+        watch: of this step.
+        open: whether its last lap, the student's, is still to be ended.
+    """
+
+    host: Floats
+    device: dict[str, Any]
+    watch: Stopwatch
+    open: bool
+
+    def wait(self) -> None:
+        """Waits for the device and ends the last lap."""
+        if self.open:
+            jax.block_until_ready(self.device)
+            self.watch.lap("student")
+            self.open = False
+
+    def fetch(self) -> Floats:
+        """All metrics of the step."""
+        self.wait()
+        return self.host | {name: float(value) for name, value in jax.device_get(self.device).items()} | self.watch.seconds
+
+
+@dataclass
 class Stage:
     """A stage while it runs.
 
@@ -54,6 +85,7 @@ class Stage:
         reference: the student's parameters at the start of the stage, where the algorithm reads them.
         state: both models; changed by every step.
         key: of the rollouts.
+        last: the step that was started last.
     """
 
     session: Session
@@ -62,34 +94,40 @@ class Stage:
     reference: Params | None
     state: TrainState
     key: jax.Array
+    last: Pending | None = None
 
-    def step(self, index: int, groups: Sequence[TokenGroup]) -> Floats:
-        """One step; `index` counts from 0. Returns its metrics."""
-        programs, algorithm, watch = self.programs, self.programs.algorithm, Stopwatch()
+    def step(self, index: int, groups: Sequence[TokenGroup]) -> Pending:
+        """Starts one step; `index` counts from 0."""
+        programs, algorithm = self.programs, self.programs.algorithm
+        if self.last is not None and algorithm.discriminator is not None:
+            self.last.wait()  # the rollout would wait for the student anyway: the time belongs to the step before
+        watch = Stopwatch()
         prompts = [group.prompt for group in groups]
         teacher = [[group.teacher] for group in groups]
-        metrics: dict[str, Any] = {}
+        host, device = Floats(), dict[str, Any]()
         sampled, logps, scores = None, None, None
         if algorithm.discriminator is not None:
             rollout = programs.sampler(self.state.student.params, prompts, self.key, index)
             sampled, logps = responses_of(rollout)
             watch.lap("rollout")
-            metrics |= rollout_metrics(rollout, watch.seconds["time/rollout_seconds"])
+            host |= rollout_metrics(rollout, watch.seconds["time/rollout_seconds"])
             both = [own + others for own, others in zip(teacher, sampled, strict=True)]
             rows = self._rows(prompts, both)
             watch.lap("data")
             discriminator, scores, more = programs.discriminator_step(self.state.discriminator, rows)
             self.state = self.state._replace(discriminator=discriminator)
-            metrics |= jax.device_get(more)
+            device |= more
+            jax.block_until_ready(scores)
             watch.lap("discriminator")
-        if index >= algorithm.student_begins:
+        learns = index >= algorithm.student_begins
+        if learns:
             rows = self._rows(prompts, teacher) if algorithm.student_reads == "teacher" else self._rows(prompts, sampled, logps)
             watch.lap("data")
             student, more = programs.student_step(self.state.student, rows, Guidance(self.reference, scores))
             self.state = self.state._replace(student=student)
-            metrics |= jax.device_get(more)
-            watch.lap("student")
-        return {name: float(value) for name, value in metrics.items()} | watch.seconds
+            device |= more
+        self.last = Pending(host, device, watch, open=learns)
+        return self.last
 
     def _rows(self, prompts: Sequence[Any], responses: Any, logps: Any = None) -> PackedRows:
         shape = self.programs.rows(len(responses[0]))
@@ -127,6 +165,7 @@ def train_stage(session: Session, name: str) -> None:
             say(f"{name}: goes on after step {done}")
             abstract = session.models.abstract_state(stage.state.discriminator is not None)
             stage.state, host = checkpoints.restore(done, abstract)
+            session.snapshot.check_origin(host["snapshot"], session.run.checkpoints(name))
             data.set_state(host["data"])
             stage.key = jax.device_put(jax.random.wrap_key_data(jnp.array(host["key"], jnp.uint32)), stage.key.sharding)
         with MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) as log:
@@ -141,18 +180,41 @@ def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, do
         if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
             say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
     with track(stage.name, total, done) as advance:
-        for index in range(done, total):
-            groups = next(data)
-            with jax.transfer_guard("disallow"):
-                metrics = stage.step(index, groups)
-            step = index + 1
-            if step % config.validate_every == 0 or step == total:
-                metrics |= validate(stage.state)
+
+        def finish(step: int, pending: Pending, more: Floats) -> None:
+            metrics = refuse_nan(stage.name, step, pending.fetch()) | more
             log.write(step, metrics)
-            if step % config.checkpoint_every == 0 or step == total:
-                host = {"data": data.get_state(), "key": np.asarray(jax.random.key_data(stage.key)).tolist()}
-                checkpoints.save(step, stage.state, host)
             advance(step, summary(metrics))
+
+        late: Pending | None = None
+        for index in range(done, total):
+            groups, step = next(data), index + 1
+            with jax.transfer_guard("disallow"):
+                pending = stage.step(index, groups)
+            if late is not None:
+                finish(index, late, {})  # of the step before, while the device works on this one
+            late = pending
+            validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
+            if validates or saves:
+                finish(step, pending, validate(stage.state) if validates else {})
+                late = None
+            if saves:
+                key = np.asarray(jax.random.key_data(stage.key)).tolist()
+                host = {"data": data.get_state(), "key": key, "snapshot": stage.session.snapshot.digest}
+                checkpoints.save(step, stage.state, host)
+
+
+def refuse_nan(stage: str, step: int, metrics: Floats) -> Floats:
+    """The metrics of a step as they are.
+
+    Raises:
+        UserError: a loss or a gradient is not finite; what was trained since the last checkpoint is worth nothing.
+    """
+    for name, value in metrics.items():
+        if name.endswith(("/loss", "/grad_norm")) and not math.isfinite(value):
+            mend = "lower the learning rate; the same command goes on from the checkpoint before"
+            raise UserError(f"stages.{stage}", f"{name} is {value} in step {step}", mend)
+    return metrics
 
 
 def summary(metrics: Floats) -> str:

@@ -17,7 +17,7 @@ from gadjax.models.attention import Memory, decode, prefill
 from gadjax.models.decoder import DecoderConfig, language_model
 from gadjax.types import Cells, Params
 
-DIMS = DecoderConfig(vocabulary=40, width=32, layers=2, heads=4, kv_heads=2, head_width=8, feed_forward=48, tied=False)
+DIMS = DecoderConfig(vocabulary=40, width=32, layers=2, heads=4, kv_heads=2, head_width=12, feed_forward=48, tied=False, qk_norm=True)
 NETWORK = language_model(DIMS, jnp.dtype(jnp.float32))
 ROW = 24
 ALONE = 16  # tokens of the longest prompt and response

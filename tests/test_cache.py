@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -172,6 +174,39 @@ def test_every_commit_is_flushed_to_the_disk(path: Path) -> None:
     with TeacherCache(path) as cache:
         assert cache._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert cache._db.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_opening_and_reading_change_nothing(path: Path) -> None:
+    with TeacherCache(path) as cache:
+        cache.record([(REQUESTS[0], OK)])
+    before = path.read_bytes()
+    with TeacherCache(path) as cache:
+        assert cache.cost() == 0.25
+    with TeacherCache(path, read_only=True) as cache:
+        assert cache.outcomes(KEYS) == {KEYS[0]: OK}
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            cache.add(REQUESTS)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_reader_sees_what_a_killed_writer_committed(path: Path) -> None:
+    program = (
+        "import os, sys; from gadjax.teachers.cache import *; cache = TeacherCache(sys.argv[1]);"
+        "cache.record([(Request('p', 'm', (), {}), Outcome('ok', 'kept'))]); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert path.with_name(f"{path.name}-wal").exists()
+    wanted = Request("p", "m", (), {})
+    with TeacherCache(path, read_only=True) as cache:
+        assert cache.outcomes([wanted.key])[wanted.key].text == "kept"
+
+
+def test_a_reader_makes_no_file(path: Path) -> None:
+    path.parent.mkdir()
+    with pytest.raises(UserError, match="cannot be opened as a cache"):
+        TeacherCache(path, read_only=True)
+    assert list(path.parent.iterdir()) == []
 
 
 def test_a_file_that_is_no_cache_is_refused(path: Path) -> None:

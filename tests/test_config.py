@@ -47,7 +47,7 @@ def test_every_shipped_config_is_built(file: Path):
     models = Models.of(config, DIMS)
     assert config.stages
     for name in config.stages:
-        programs = Programs.of(config, name, models, end_of_turn=1)
+        programs = Programs.of(config, name, 100, models, end_of_turn=1)
         state = models.abstract_state(programs.algorithm.discriminator is not None)
         assert programs.rows(1 + programs.samples).groups == config.stages[name].batch_groups
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.student.params))
@@ -78,6 +78,11 @@ def test_default_stages_are_the_papers(load: Load):
     assert (gad.from_, gad.epochs, gad.max_steps, gad.batch_groups, gad.group_size) == ("warmup", 2, None, 256, 8)
     assert (gad.temperature, gad.learning_rate, gad.kl_weight) == (0.8, 1e-6, 0.001)
     assert (gad.discriminator.learning_rate, gad.discriminator.train) == (1e-6, True)
+
+
+def test_a_stage_that_says_no_more_than_its_algorithm_is_the_papers(load: Load):
+    stages = load("stages: {s: {algorithm: seqkd}, w: {algorithm: warmup}, g: {algorithm: gad}}").stages
+    assert [(stage.epochs, stage.learning_rate) for name, stage in stages.items() if name in "swg"] == [(3, 5e-6), (1, 5e-6), (2, 1e-6)]
 
 
 def test_a_config_survives_being_written(load: Load):

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grain
@@ -67,6 +69,46 @@ def test_digest_names_the_content(frozen: Path, tmp_path: Path):
     digest = Snapshot.open(frozen).digest
     assert Snapshot.open(tmp_path / "same").digest == digest
     assert Snapshot.open(tmp_path / "other").digest != digest
+
+
+FROZEN_ELSEWHERE = """
+import sys
+from pathlib import Path
+from gadjax.data.snapshot import Snapshot, freeze
+from tests.test_data import FINGERPRINT, examples
+freeze(Path(sys.argv[1]), {"train": examples(10), "validation": examples(3)}, FINGERPRINT)
+"""
+
+
+def test_digest_is_that_of_any_process(frozen: Path, tmp_path: Path):
+    environment = os.environ | {"PYTHONPATH": ":".join([str(Path(__file__).parent.parent), *sys.path]), "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", FROZEN_ELSEWHERE, str(tmp_path / "data")], check=True, env=environment)
+    assert Snapshot.open(tmp_path / "data").digest == Snapshot.open(frozen).digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: replace(row, answer=replace(row.answer, truncated=True)),
+        lambda row: replace(row, prompt=replace(row.prompt, messages=({"role": "user", "content": "other"},))),
+        lambda row: replace(row, tokens=replace(row.tokens, prompt=row.tokens.prompt[:-1], teacher=row.tokens.prompt[-1:])),
+        lambda row: replace(row, tokens=replace(row.tokens, teacher=(9,) * len(row.tokens.teacher))),
+    ],
+    ids=["answer", "prompt", "tokens", "teacher"],
+)
+def test_digest_depends_on_every_part(tmp_path: Path, change: Callable[[Example], Example]):
+    freeze(tmp_path / "a", {"train": [example(0), example(4)]}, {})
+    freeze(tmp_path / "b", {"train": [change(example(0)), example(4)]}, {})
+    freeze(tmp_path / "c", {"train": [example(4), example(0)]}, {})
+    freeze(tmp_path / "d", {"train": [example(0)], "validation": [example(4)]}, {})
+    assert len({Snapshot.open(tmp_path / name).digest for name in "abcd"}) == 4
+
+
+def test_what_was_made_on_other_data_is_refused(frozen: Path):
+    snapshot = Snapshot.open(frozen)
+    snapshot.check_origin(snapshot.digest, Path("here"))
+    with pytest.raises(UserError, match=r"^stages/gad/4: was trained on other data than the run has now; delete it, or"):
+        snapshot.check_origin("another", Path("stages/gad/4"))
 
 
 def test_every_changed_or_missing_file_is_named(tmp_path: Path):

@@ -2,16 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gadjax import cli
 from gadjax.models.fresh import FreshConfig, write_fresh
+from gadjax.report.page import write_report
+from gadjax.runs import Run
 from gadjax.server import Server
 from gadjax.teachers import tutor
 from tests import tiny
@@ -48,8 +53,8 @@ def told(capfd: pytest.CaptureFixture[str]) -> Told:
 
 
 def made() -> set[str]:
-    """What is in the folder of runs."""
-    return {str(path.relative_to("here")) for path in Path("here").rglob("*")} if Path("here").exists() else set()
+    """What is in the folder of runs, the lock and the clock of a run aside."""
+    return {str(path.relative_to("here")) for path in Path("here").rglob("[!.]*")} if Path("here").exists() else set()
 
 
 def port_of(server: Server) -> str:
@@ -143,6 +148,29 @@ def break_vocabulary(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
 
 
+def break_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def lose_a_tensor(folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
+
+
+def resize_a_tensor(folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"][:3]}))
+
+
+def cut_the_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-10])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -150,6 +178,10 @@ def break_vocabulary(folder: Path) -> None:
         (break_config, "model/config.json: cannot be read ("),
         (break_family, "model/config.json: model_type 'gpt2' is not supported; "),
         (break_vocabulary, "model: embeds 8 tokens, its tokenizer has "),
+        (break_weights, "model: has no *.safetensors file; save the model with safetensors"),
+        (lose_a_tensor, "model: has no tensor model.norm.weight; "),
+        (resize_a_tensor, "model/model.safetensors: tensor model.norm.weight is [3], config.json makes it [8]; "),
+        (cut_the_weights, "model/model.safetensors: is no safetensors file ("),
     ],
 )
 def test_a_broken_student_is_told_before_the_teacher_is_paid(
@@ -187,11 +219,57 @@ def test_a_key_that_is_none_is_not_made_known(told: Told, monkeypatch: pytest.Mo
     assert made() == set()
 
 
+@pytest.mark.parametrize("key", ["sk-proj-1234", "gsk_aB3cret", "1cret", "", "$TEST_KEY", "one two"])
+@pytest.mark.parametrize("also", [[], ["teacher.samples=0"], ["teacher.smaples=1"]])
+def test_a_key_in_the_config_is_not_made_known(told: Told, key: str, also: list[str]):
+    Path("tiny.yaml").write_text(f"teacher: {{api_key_env: '{key}'}}")
+    message = told("run", "tiny.yaml", FOLDER, *also)
+    assert message.startswith("teacher.api_key_env: is no name of an environment variable; name the variable ")
+    assert made() == set() and (not key or key not in message)
+
+
 @pytest.mark.parametrize("command", ["prepare", "train", "evaluate"])
 def test_a_part_that_comes_too_early(told: Told, command: str):
     message = told(command, "tiny.yaml", FOLDER)
     assert message == "here/tiny/teacher.sqlite: holds no answers to the prompts of both splits; run `gadjax collect` first"
-    assert made() == {"tiny", "tiny/config.yaml", "tiny/teacher.sqlite"}
+    assert made() == {"tiny", "tiny/config.yaml"}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from gadjax.report.page import write_report
+from gadjax.runs import Run
+with Run.at(Path(sys.argv[1])).locked():
+    print(end=".", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def held() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is using the run."""
+    Path("here/tiny").mkdir(parents=True)
+    shutil.copy("tiny.yaml", "here/tiny/config.yaml")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, "here/tiny"], stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.read(1) == b"."
+        yield other
+        other.kill()
+
+
+def test_a_run_that_another_process_is_using(told: Told, held: subprocess.Popen[bytes]):
+    kept = Path("here/tiny")
+    message = "here/tiny: another gadjax process is using it; wait until it has ended, or choose another run.name"
+    for command in ("collect", "prepare", "train", "evaluate", "run"):
+        assert told(command, "tiny.yaml", FOLDER) == message
+    (kept / "stages/gad/checkpoints/2").mkdir(parents=True)
+    assert told("export", str(kept)) == message
+    assert (kept / "config.yaml").read_text() == tiny.CONFIG
+    assert write_report(kept, []).exists()  # which only reads what others write
+    held.kill()
+    held.wait()
+    with Run.at(kept).locked():  # what a killed process held is free
+        pass
 
 
 def test_a_report_on_no_run(told: Told):

@@ -5,12 +5,19 @@ import io
 import json
 import math
 import random
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
+from rouge_score.rouge_scorer import RougeScorer
 
 from gadjax.errors import UserError
 from gadjax.evaluation import texts, tutor
@@ -18,10 +25,11 @@ from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
 from gadjax.evaluation.samples import MODES, Samples
 from gadjax.evaluation.statistics import Estimate, by_prompt, estimate, paired_difference
-from gadjax.evaluation.summary import summarise
+from gadjax.evaluation.summary import Stages, summarise
 from gadjax.evaluation.table import print_table
 from gadjax.records import Prompt
 from gadjax.teachers import grammar
+from gadjax.terminal import PLAIN_WIDTH
 
 
 def samples(rows: list[tuple[str, str, str]], log_prob: float = -1.0, length: int = 2, truncated: bool = False) -> Samples:
@@ -47,6 +55,24 @@ TEACHER, TEXT = "the cat sat on the mat", "the cat on a mat"
 
 def test_rouge_l():
     assert texts.rouge_l([TEXT, TEACHER, "no"], [TEACHER] * 3) == pytest.approx([8 / 11, 1, 0])  # LCS: the cat on mat
+
+
+@given(*[st.lists(st.sampled_from(["a", "b", "C", "d-e", "é", "1"]), max_size=80).map(" ".join)] * 2)
+def test_rouge_l_is_the_library_s(text: str, teacher: str):
+    assert texts.rouge_l([text], [teacher]) == [RougeScorer(["rougeL"]).score(teacher, text)["rougeL"].fmeasure]
+
+
+def test_rouge_l_of_long_answers_takes_milliseconds():
+    rng = random.Random(0)
+    long = [" ".join(rng.choices([f"w{i}" for i in range(500)], k=1100)) for _ in range(40)]
+    start = time.perf_counter()
+    assert texts.rouge_l(long, long[::-1])[0] > 0.05
+    assert time.perf_counter() - start < 2  # a table in Python takes 8
+
+
+def test_the_metrics_load_neither_nltk_nor_scipy():
+    program = "import sys, gadjax.evaluation.measure; print({'nltk', 'scipy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_rouge_l_reads_no_other_script_but_overlap_does():
@@ -248,9 +274,9 @@ def test_summary_without_the_baseline():
     assert summarise({"gad": STAGES["gad"]}, seconds=1)["differences"] == {}
 
 
-def shown(terminal: bool) -> str:
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system="standard" if terminal else None)
-    print_table(summarise(STAGES, seconds=1), console)
+def shown(terminal: bool, stages: Stages = STAGES, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system="standard" if terminal else None)
+    print_table(summarise(stages, seconds=1), console)
     return cast(io.StringIO, console.file).getvalue()
 
 
@@ -270,3 +296,22 @@ def test_table_on_a_terminal_has_the_same_numbers():
     text = shown(terminal=True)
     assert "\x1b" in text
     assert all(number in text for number in ("0.250 ± 0.490", "-0.250 ± 0.000 *", "0.750"))
+
+
+SIX = {"student": STAGES["student"], "seqkd": STAGES["seqkd"]} | {f"gad-number-{i}": STAGES["gad"] for i in range(4)}
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_a_narrow_terminal_gets_the_stages_in_blocks_that_fit(width: int):
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shown(terminal=True, stages=SIX, width=width)).splitlines()
+    heads = [line.split() for line in lines if line.split()[:1] == ["metric"]]
+    assert [stage for _, *stages in heads for stage in stages] == list(SIX)
+    assert (len(heads) == 1) == (width == 200)
+    assert sum("rouge_l" in line for line in lines) == sum("minus seqkd" in line for line in lines) == len(heads)
+    assert "…" not in "".join(lines) and max(map(len, lines[:-1])) <= width
+    assert "".join(lines).count("+0.250 ± 0.490") == 4
+    assert sum("prompts, 95 % intervals" in line for line in lines) == 1
+
+
+def test_a_file_gets_one_block():
+    assert shown(terminal=False, stages=SIX, width=PLAIN_WIDTH).count("metric") == 1

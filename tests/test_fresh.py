@@ -1,6 +1,7 @@
 """The fresh student: its tokenizer keeps every text and knows the frequent words, its folder goes the way of every other."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from gadjax.models.checkpoint import load, read_config
 from gadjax.models.decoder import language_model
-from gadjax.models.fresh import CONTROL, END, PAD, FreshConfig, word_tokenizer, write_fresh
+from gadjax.models.fresh import CONTROL, END, PAD, TEMPLATE, FreshConfig, word_tokenizer, write_fresh
+from gadjax.records import Message
 from gadjax.text import Text
 from gadjax.types import Params
 
@@ -37,7 +40,15 @@ def weights(folder: Path) -> Params:
     return load(folder, family, language_model(dims, jnp.dtype(jnp.float32)).shapes, lambda array, _: jnp.asarray(array))
 
 
+@pytest.fixture(scope="module")
+def auto(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
 hostile = st.lists(st.sampled_from([*CONTROL, "<|", "|>", "end", " the", " harbour"]) | st.text(max_size=6)).map("".join)
+# What AutoTokenizer, which takes control tokens for such in any text, must encode alike.
+plain = (st.lists(st.sampled_from([" the", " harbour", "  sea", "\n", "a\u0301", "'s", "12"]) | st.text(max_size=6))).map("".join)
+plain = plain.filter(lambda text: text.strip() and not any(token in text for token in CONTROL))
 
 
 @given(content=hostile)
@@ -69,15 +80,14 @@ def test_every_frequent_word_is_one_token_and_others_are_bytes(text: Text):
 
 def test_the_tokenizer_depends_on_the_texts_and_not_on_their_order_and_has_no_more_words_than_asked():
     made, turned = word_tokenizer(CORPUS, 4), word_tokenizer(CORPUS[::-1], 4)
-    assert made.backend_tokenizer.to_str() == turned.backend_tokenizer.to_str()
-    assert len(made) == BYTES + 4 + len(CONTROL)
-    assert len(word_tokenizer([], 300)) == BYTES + len(CONTROL)
-    assert len(word_tokenizer(CORPUS, 0)) == BYTES + len(CONTROL)
+    assert made.to_str() == turned.to_str()
+    assert made.get_vocab_size() == BYTES + 4 + len(CONTROL)
+    assert word_tokenizer([], 300).get_vocab_size() == word_tokenizer(CORPUS, 0).get_vocab_size() == BYTES + len(CONTROL)
 
 
 def test_the_folder_is_loaded_like_any_student_s(folder: Path, text: Text):
     family, dims = read_config(folder)
-    assert (family.model_type, dims.width, dims.layers, dims.heads, dims.kv_heads, dims.head_width) == ("qwen2", 16, 2, 2, 1, 8)
+    assert (family.model_type, dims.width, dims.layers, dims.heads, dims.kv_heads, dims.head_width) == ("llama", 16, 2, 2, 1, 8)
     assert dims.vocabulary == text.vocabulary_size
     assert (text.end_of_turn, text.pad) == (text._template.token_to_id(END), text._template.token_to_id(PAD))
     params = weights(folder)
@@ -86,6 +96,20 @@ def test_the_folder_is_loaded_like_any_student_s(folder: Path, text: Text):
     assert abs(embedding.std() / dims.init_std - 1) < 0.05 and len(np.unique(embedding)) > embedding.size // 2
     query = np.asarray(params["trunk"]["blocks"]["query"])
     assert not np.array_equal(query[0], query[1])
+
+
+def test_auto_tokenizer_takes_the_tokenizer_as_it_is(auto: Any, text: Text):
+    assert auto.backend_tokenizer.to_str() == text._template.to_str()
+    assert (auto.eos_token, auto.pad_token, auto.chat_template) == (END, PAD, TEMPLATE)
+
+
+@given(content=plain)
+def test_auto_tokenizer_gives_the_same_ids_and_texts(auto: Any, text: Text, content: str):
+    turns: list[Message] = [{"role": "system", "content": "the sea"}, {"role": "user", "content": content}]
+    assert auto.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] == list(text.prompt_ids(turns, 10_000))
+    ids = auto(content)["input_ids"]
+    assert (*ids, text.end_of_turn) == text.response_ids(content, 10_000)
+    assert auto.decode(ids) == content
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -101,7 +125,7 @@ def test_the_folder_depends_on_texts_and_seed_alone(folder: Path, tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"again", "other"}
 
 
-@pytest.mark.parametrize("broken", ["save_file", "json.dumps", "shutil.copyfile", "Path.rename"])
+@pytest.mark.parametrize("broken", ["save_file", "json.dumps", "Path.write_bytes", "Path.rename"])
 def test_the_folder_is_there_whole_or_not_at_all(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         patch.setattr(f"gadjax.models.checkpoint.{broken}", lambda *_, **__: 1 / 0)

@@ -1,12 +1,14 @@
 """The models against PyTorch's numbers (tests/goldens), and Hugging Face folders read and written."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,29 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gadjax.algorithms.gad import GadConfig
+from gadjax.algorithms.seqkd import SeqkdConfig
 from gadjax.errors import UserError
+from gadjax.export import export_discriminator
 from gadjax.models.attention import packed
-from gadjax.models.checkpoint import FAMILIES, load, read_config, save
-from gadjax.models.decoder import DecoderConfig, Network, discriminator, discriminator_params, language_model
+from gadjax.models.checkpoint import FAMILIES, load, read_config, save, tokenizer_files
+from gadjax.models.decoder import (
+    DecoderConfig,
+    Network,
+    RopeScaling,
+    discriminator,
+    discriminator_params,
+    language_model,
+    rotary_frequencies,
+)
+from gadjax.models.fresh import CONTROL, END, PAD, FreshConfig, write_fresh
+from gadjax.session import Session
+from gadjax.sharding import MeshConfig, make_mesh, named_sharding
+from gadjax.text import Text
 from gadjax.types import Params
 
 GOLDENS = Path(__file__).parent / "goldens"
-NAMES = ("tied", "untied")
+NAMES = {"tied": "qwen2", "untied": "qwen2", "qwen3": "qwen3", "llama3": "llama"}  # golden -> model_type
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 TOKENS = {"eos_token_id": 2, "pad_token_id": 0}
 
@@ -84,40 +101,137 @@ def test_in_bfloat16_the_logits_are_float32_and_near():
 
 
 def test_the_goldens_cover_the_layouts():
-    (tied, params, _), (untied, _, _) = golden("tied"), golden("untied")
-    assert tied.tied and not untied.tied and tied.rope_theta == untied.rope_theta == 1e6
-    assert untied.kv_heads < untied.heads
-    assert all(np.std(params["trunk"]["blocks"][name]) > 0.1 for name in ("query_bias", "key_bias", "value_bias", "attention_norm"))
+    dims = {name: golden(name)[0] for name in NAMES}
+    assert {name for name in NAMES if dims[name].tied} == {"tied", "llama3"} and dims["tied"].rope_theta == 1e6
+    assert {name: dims[name].heads // dims[name].kv_heads for name in NAMES} == {"tied": 1, "untied": 2, "qwen3": 2, "llama3": 4}
+    assert {name: dims[name].head_width for name in NAMES} == {"tied": 8, "untied": 8, "qwen3": 16, "llama3": 16}
+    special = {"tied": ("query_bias", "key_bias", "value_bias"), "qwen3": ("query_norm", "key_norm"), "llama3": ()}
+    for name, weights in special.items():
+        blocks = golden(name)[1]["trunk"]["blocks"]
+        assert {other for other in blocks if "bias" in other or "_norm" in other} == {*weights, "attention_norm", "mlp_norm"}
+        assert all(np.std(blocks[weight]) > 0.1 for weight in (*weights, "attention_norm"))
+
+
+def test_rotary_waves_are_stretched_as_llama_3_does():
+    dims = replace(golden("llama3")[0], rope_theta=500_000.0, head_width=128)
+    scaled = replace(dims, rope_scaling=RopeScaling(factor=8.0, low=1.0, high=4.0, context=8192))
+    plain, stretched = (np.asarray(rotary_frequencies(each)) for each in (replace(dims, rope_scaling=None), scaled))
+    np.testing.assert_allclose(plain, 500_000.0 ** (-np.arange(64) / 64), rtol=1e-5)
+    waves = 8192 * plain / (2 * np.pi)
+    short, long = waves > 4, waves < 1
+    np.testing.assert_allclose(stretched[short], plain[short], rtol=1e-6)
+    np.testing.assert_allclose(stretched[long], plain[long] / 8, rtol=1e-6)
+    between = ~short & ~long
+    assert np.sum(between) > 3 and np.all(np.diff(stretched) < 0)
+    smooth = (waves[between] - 1) / 3
+    np.testing.assert_allclose(stretched[between], (1 - smooth) * plain[between] / 8 + smooth * plain[between], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_folder_has_the_same_tensors_to_the_bit(name: str, tmp_path: Path):
     dims, params, _ = golden(name)
-    save(tmp_path / "saved", FAMILIES["qwen2"], dims, params, TOKENS, None)
+    family = FAMILIES[NAMES[name]]
+    save(tmp_path / "saved", family, dims, params, TOKENS, {})
     theirs, ours = load_file(GOLDENS / name / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for tensor, array in theirs.items():
         assert ours[tensor].dtype == array.dtype
         np.testing.assert_array_equal(ours[tensor], array, err_msg=tensor)
-    assert read_config(tmp_path / "saved") == (FAMILIES["qwen2"], dims)
+    assert read_config(tmp_path / "saved") == read_config(GOLDENS / name) == (family, dims)
 
 
-def test_a_saved_folder_says_what_transformers_reads_and_takes_the_tokenizer_along(tmp_path: Path):
-    dims, params, _ = golden("tied")
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "tokenizer.json").write_text("its content")
-    (tmp_path / "student" / "notes.txt").write_text("not a part of it")
-    save(tmp_path / "a" / "saved", FAMILIES["qwen2"], dims, params, TOKENS, tmp_path / "student")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_folder_says_what_transformers_reads(name: str, tmp_path: Path):
+    dims, params, _ = golden(name)
+    save(tmp_path / "a" / "saved", FAMILIES[NAMES[name]], dims, params, TOKENS, {"tokenizer.json": b"its content"})
     saved = tmp_path / "a" / "saved"
-    config, theirs = (json.loads((folder / "config.json").read_text()) for folder in (saved, GOLDENS / "tied"))
+    config, theirs = (json.loads((folder / "config.json").read_text()) for folder in (saved, GOLDENS / name))
     assert {name: config[name] for name in TOKENS} == TOKENS
-    same = ("model_type", "architectures", "dtype", "rope_parameters", "vocab_size", "hidden_size", "num_key_value_heads", "rms_norm_eps")
-    assert {name: config[name] for name in same} == {name: theirs[name] for name in same}
+    different = {"pad_token_id", "transformers_version", "use_cache", "attention_dropout", "pretraining_tp"}
+    different |= {"layer_types", "max_window_layers", "sliding_window"}
+    assert {field: config[field] for field in theirs.keys() - different} == {field: theirs[field] for field in theirs.keys() - different}
+    # What transformers 4 reads.
+    assert config["rope_theta"] == theirs["rope_parameters"]["rope_theta"]
+    assert {"rope_type": "default"} | (config["rope_scaling"] or {}) | {"rope_theta": config["rope_theta"]} == theirs["rope_parameters"]
     assert json.loads((saved / "generation_config.json").read_text()) == {"do_sample": False} | TOKENS
-    names = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
-    assert {file.name for file in saved.iterdir()} == names
+    assert {file.name for file in saved.iterdir()} == {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
     assert (saved / "tokenizer.json").read_text() == "its content"
     assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_discriminator_is_a_classifier_with_one_label(name: str, tmp_path: Path):
+    dims, student, _ = golden(name)
+    network = discriminator(dims, F32)
+    params = discriminator_params(network, student, jax.random.key(0))
+    family = FAMILIES[NAMES[name]]
+    save(tmp_path / "saved", family, dims, params, TOKENS, {})
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    classes = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+    assert config["architectures"] == [f"{classes[NAMES[name]]}ForSequenceClassification"]
+    assert (config["id2label"], config["label2id"], config["problem_type"]) == ({"0": "score"}, {"score": 0}, "regression")
+    tensors, trunk = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", GOLDENS / name))
+    assert tensors.keys() == trunk.keys() - {"lm_head.weight"} | {"score.weight"}
+    np.testing.assert_array_equal(tensors["score.weight"], np.asarray(params["head"])[None])
+    again = load(tmp_path / "saved", family, network.shapes, lambda array, _: jnp.asarray(array))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    with pytest.raises(UserError, match=rf"architectures .* is not supported; take a {classes[NAMES[name]]}ForCausalLM"):
+        read_config(tmp_path / "saved")
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with jax.numpy_dtype_promotion("strict"):
+        write_fresh(
+            folder := tmp_path_factory.mktemp("fresh") / "student", FreshConfig(width=8, layers=1, heads=1, kv_heads=1), ["words"], 0
+        )
+    return folder
+
+
+def session(folder: Path, student: Path) -> tuple[Session, Params]:
+    """As much of a run's session as an export of its discriminator needs, and that discriminator."""
+    family, dims = read_config(student)
+    network = discriminator(dims, F32)
+    params = discriminator_params(network, read(student), jax.random.key(0))
+    stages = {"seqkd": SeqkdConfig.model_validate({"algorithm": "seqkd"}), "gad": GadConfig.model_validate({"algorithm": "gad"})}
+    run = SimpleNamespace(folder=folder, config=SimpleNamespace(stages=stages))
+    found = {("gad", "discriminator"): SimpleNamespace(params=params)}
+    parts = {"folder": student, "text": Text.load(str(student)), "family": family, "dims": dims}
+    return cast(Session, SimpleNamespace(run=run, final_role=lambda *name: found[name], **parts)), params
+
+
+@pytest.mark.parametrize("pad", [PAD, END, None])
+def test_an_exported_discriminator_is_padded_with_what_ends_no_response(pad: str | None, fresh: Path, tmp_path: Path):
+    student = Path(shutil.copytree(fresh, tmp_path / "student"))
+    tokenizer = json.loads((student / "tokenizer_config.json").read_text()) | {"pad_token": pad}
+    (student / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (student / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad}))
+    opened, params = session(tmp_path / "run", student)
+    folder = export_discriminator(opened, "gad")
+    assert folder == tmp_path / "run" / "export" / "gad-discriminator"
+    config, text = json.loads((folder / "config.json").read_text()), Text.load(str(folder))
+    assert config["pad_token_id"] == text.pad == text._template.token_to_id(PAD if pad == PAD else CONTROL[-1])
+    assert config["eos_token_id"] == text.end_of_turn == text._template.token_to_id(END)
+    np.testing.assert_array_equal(load_file(folder / "model.safetensors")["score.weight"][0], params["head"])
+    pads = {json.loads((folder / name).read_text())["pad_token"] for name in ("tokenizer_config.json", "special_tokens_map.json")}
+    assert pads == {PAD if pad == PAD else CONTROL[-1]}
+    assert (folder / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
+
+
+def test_a_discriminator_that_is_exported_is_kept_and_a_stage_without_one_is_told(fresh: Path, tmp_path: Path):
+    opened, _ = session(tmp_path, fresh)
+    folder = export_discriminator(opened, "gad")
+    (folder / "config.json").write_text("a user's change")
+    assert export_discriminator(opened, "gad") == folder and (folder / "config.json").read_text() == "a user's change"
+    with pytest.raises(UserError, match=r"^stages.seqkd: has no discriminator; name a stage of algorithm warmup or gad$"):
+        export_discriminator(opened, "seqkd")
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["gad-discriminator"]
+
+
+def test_the_tokenizer_s_files_are_those_that_are_there(tmp_path: Path):
+    for name in ("tokenizer.json", "chat_template.jinja", "notes.txt"):
+        (tmp_path / name).write_text(f"of {name}")
+    assert tokenizer_files(tmp_path) == {name: f"of {name}".encode() for name in ("tokenizer.json", "chat_template.jinja")}
 
 
 def test_a_save_that_fails_leaves_no_folder_and_does_not_hinder_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -125,9 +239,9 @@ def test_a_save_that_fails_leaves_no_folder_and_does_not_hinder_the_next(tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr("gadjax.models.checkpoint.json.dumps", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            save(tmp_path / "saved", FAMILIES["qwen2"], dims, params, TOKENS, None)
+            save(tmp_path / "saved", FAMILIES["qwen2"], dims, params, TOKENS, {})
     assert not (tmp_path / "saved").exists()
-    save(tmp_path / "saved", FAMILIES["qwen2"], dims, params, TOKENS, None)
+    save(tmp_path / "saved", FAMILIES["qwen2"], dims, params, TOKENS, {})
     assert list(tmp_path.iterdir()) == [tmp_path / "saved"]
 
 
@@ -158,6 +272,18 @@ def test_every_array_is_placed_once_in_float32_with_its_leaf():
     assert {id(leaf) for leaf in placed} == {id(leaf) for leaf in jax.tree.leaves(shapes)} and len(placed) == len(jax.tree.leaves(shapes))
 
 
+def test_arrays_are_read_into_their_shardings():
+    family, dims = read_config(GOLDENS / "qwen3")
+    network = language_model(dims, F32)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    shardings = jax.tree.map(lambda leaf, axes: named_sharding(axes, leaf.shape, mesh), network.shapes, network.axes)
+    places = {id(leaf): place for leaf, place in zip(jax.tree.leaves(network.shapes), jax.tree.leaves(shardings), strict=True)}
+    params = load(GOLDENS / "qwen3", family, network.shapes, lambda array, leaf: jax.device_put(array, places[id(leaf)]))
+    jax.tree.map(np.testing.assert_array_equal, params, golden("qwen3")[1])
+    assert params["trunk"]["blocks"]["query"].sharding.shard_shape((2, 32, 4, 16)) == (2, 8, 2, 16)
+    assert params["trunk"]["blocks"]["query_norm"].sharding.shard_shape((2, 16)) == (2, 16)
+
+
 def test_a_discriminator_reads_the_trunk_of_the_same_folder_and_scores_by_a_scalar_head():
     dims, student, sequences = golden("untied")
     network = discriminator(dims, F32)
@@ -171,9 +297,9 @@ def test_a_discriminator_reads_the_trunk_of_the_same_folder_and_scores_by_a_scal
     assert abs(float(jnp.std(head)) / 0.02 - 1) < 0.05 and abs(float(jnp.mean(head))) < 0.002
 
 
-def write_config(folder: Path, **changes: Any) -> Path:
-    """The tied golden's config.json with changes; None takes a field away."""
-    config = json.loads((GOLDENS / "tied" / "config.json").read_text()) | changes
+def write_config(folder: Path, golden: str = "tied", **changes: Any) -> Path:
+    """A golden's config.json with changes; None takes a field away."""
+    config = json.loads((GOLDENS / golden / "config.json").read_text()) | changes
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
     return folder
@@ -188,23 +314,54 @@ def test_configs_of_transformers_4_and_5_read_alike(tmp_path: Path):
     assert five["rope_parameters"]["rope_theta"] == 1e6 and "rope_theta" not in five
     four = write_config(tmp_path, rope_parameters=None, rope_theta=1e6, dtype=None, torch_dtype="bfloat16")
     assert read_config(GOLDENS / "tied")[1] == read_config(four)[1] == wanted
+    assert "head_dim" not in five and wanted.head_width == wanted.width // wanted.heads
+
+
+@pytest.mark.parametrize("rope_type", ["rope_type", "type"])
+def test_stretched_waves_as_transformers_4_and_5_write_them_read_alike(rope_type: str, tmp_path: Path):
+    wanted = DecoderConfig(
+        vocabulary=64, width=32, layers=2, heads=4, kv_heads=1, head_width=16, feed_forward=48, rope_theta=1e4, norm_epsilon=1e-5,
+        rope_scaling=RopeScaling(factor=8.0, low=1.0, high=4.0, context=64), tied=True, qkv_bias=False, init_std=0.02, context=512,
+    )  # fmt: skip
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    four = write_config(tmp_path, "llama3", rope_parameters=None, rope_theta=1e4, rope_scaling=scaling | {rope_type: "llama3"})
+    assert read_config(GOLDENS / "llama3")[1] == read_config(four)[1] == wanted
+
+
+LONG = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+SLIDING = ["full_attention", "sliding_attention"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("golden", "changes", "message"),
     [
-        ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is not supported; take one of qwen2"),
-        ({"model_type": None}, "config.json: model_type None is not supported"),
-        ({"num_hidden_layers": None}, "config.json: has no field 'num_hidden_layers'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "config.json: rope_type 'yarn' is not supported"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "config.json: rope_type 'yarn' is not supported"),
-        ({"use_sliding_window": True}, "config.json: use_sliding_window True is not supported"),
-        ({"hidden_act": "gelu"}, "config.json: hidden_act 'gelu' is not supported"),
+        ("tied", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported; take one of llama, qwen2, qwen3"),
+        ("tied", {"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported"),
+        ("tied", {"model_type": None}, "model_type None is not supported"),
+        (
+            "tied",
+            {"architectures": ["Qwen2ForRewardModel"]},
+            "architectures ['Qwen2ForRewardModel'] is not supported; take a Qwen2ForCausalLM",
+        ),
+        ("tied", {"num_hidden_layers": None}, "has no field 'num_hidden_layers'"),
+        ("tied", {"rope_parameters": LONG}, "rope_type 'yarn' is not supported; take a model without it"),
+        ("tied", {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
+        ("tied", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
+        ("tied", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("qwen3", {"layer_types": SLIDING}, "layer_types sliding_attention is not supported"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True is not supported"),
+        ("llama3", {"attention_bias": True}, "attention_bias True is not supported"),
+        ("llama3", {"mlp_bias": True}, "mlp_bias True is not supported"),
+        ("llama3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ("llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "has no field 'low_freq_factor'"),
+        ("llama3", {"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4} is not supported"),
+        ("tied", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     ],
 )
-def test_a_config_that_is_not_ours_is_refused(changes: dict[str, Any], message: str, tmp_path: Path):
-    with pytest.raises(UserError, match=message):
-        read_config(write_config(tmp_path, **changes))
+def test_a_config_that_is_not_ours_is_refused(golden: str, changes: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=re.escape(f"config.json: {message}")):
+        read_config(write_config(tmp_path, golden, **changes))
 
 
 def test_no_folder_and_no_or_a_broken_config_are_told(tmp_path: Path):
@@ -212,24 +369,31 @@ def test_no_folder_and_no_or_a_broken_config_are_told(tmp_path: Path):
         read_config(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"config.json: cannot be read .*transformers wrote"):
         read_config(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json: cannot be read .*transformers wrote"):
-        read_config(tmp_path)
+    for broken in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(UserError, match=r"config.json: cannot be read .*transformers wrote"):
+            read_config(tmp_path)
 
 
-def test_broken_weights_are_told(tmp_path: Path):
+def test_broken_weights_are_told_before_any_is_read(tmp_path: Path):
     folder = write_config(tmp_path / "broken")
-    with pytest.raises(UserError, match=r"broken: has no \*.safetensors file; save the model with safetensors"):
-        read(folder)
+    family, dims = read_config(folder)
+
+    def told(folder: Path) -> str:
+        placed: list[Any] = []
+        with pytest.raises(UserError) as stop:
+            load(folder, family, language_model(dims, F32).shapes, lambda array, _: placed.append(array) or jnp.asarray(array))
+        assert not placed
+        return str(stop.value)
+
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    assert told(folder) == f"{folder}: has no *.safetensors file; save the model with safetensors (save_pretrained does)"
     file = folder / "model.safetensors"
     tensors = load_file(GOLDENS / "tied" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({other: array for other, array in tensors.items() if other != name}, file)
-    with pytest.raises(UserError, match=f"broken: has no tensor {name}; "):
-        read(folder)
+    assert told(folder) == f"{folder}: has no tensor {name}; take a whole folder, its weights and config.json of one model"
     save_file(tensors | {name: np.zeros((32, 48), np.float32)}, file)
-    with pytest.raises(UserError, match=rf"broken: tensor {name} is \[32, 48\], config.json makes it \[48, 32\]; "):
-        read(folder)
+    assert told(folder) == f"{file}: tensor {name} is [32, 48], config.json makes it [48, 32]; mend one of the two"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"model.safetensors: is no safetensors file .*; save the model again"):
-        read(folder)
+    assert re.fullmatch(rf"{file}: is no safetensors file \(.*\); save the model again", told(folder))

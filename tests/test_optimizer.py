@@ -44,7 +44,7 @@ def test_a_step_is_adamw_after_the_clip() -> None:
 )
 def test_schedules(config: ScheduleConfig, heights: list[float]) -> None:
     rate = config.of(0.5, steps=4)
-    np.testing.assert_allclose([float(rate(step)) for step in range(5)], 0.5 * np.array(heights), atol=1e-6)
+    np.testing.assert_allclose([np.asarray(rate(step)) for step in range(5)], 0.5 * np.array(heights), atol=1e-6)
 
 
 def test_a_new_stage_keeps_the_moments_and_restarts_the_schedule() -> None:

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from gadjax import prompts
 from gadjax.errors import UserError
 from gadjax.prompts import PromptsConfig, checked_messages, read_prompts
 from gadjax.records import Prompt
@@ -31,8 +32,7 @@ def write(path: Path, *rows: object) -> str:
 
 
 def test_both_kinds_of_rows_are_read(tmp_path: Path) -> None:
-    prompts = read_prompts(write(tmp_path / "a.jsonl", *ROWS, "\n"), "prompts.train")
-    assert prompts == [
+    assert read_prompts(write(tmp_path / "a.jsonl", *ROWS, "\n"), "prompts.train") == [
         Prompt.of("one\u2028 é"),
         Prompt("b", ({"role": "system", "content": "s"}, {"role": "user", "content": "two"})),
         Prompt.of("three", "3"),
@@ -76,8 +76,7 @@ def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path: Path, suffix: st
         ({"messages": [{"role": "tool", "content": "x"}]}, "no role out of"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "the last message is the assistant's"),
         ('{"prompt": "\\ud800"}\n', "not valid Unicode"),
-        ({"prompt": "first"}, r"its id or text is that of .*a.jsonl, line 1"),
-        ({"prompt": "other", "id": "b"}, r"its id or text is that of .*a.jsonl, line 2"),
+        ({"prompt": "other", "id": "b"}, r"its id 'b' is that of .*a.jsonl, line 2"),
     ],
 )
 def test_a_broken_row_is_told_with_its_line(tmp_path: Path, row: object, what: str) -> None:
@@ -85,6 +84,17 @@ def test_a_broken_row_is_told_with_its_line(tmp_path: Path, row: object, what: s
     with pytest.raises(UserError, match=what) as told:
         read_prompts(path, "prompts.train")
     assert told.value.where == f"{path}, line 3"
+
+
+def test_a_prompt_that_is_there_again_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    monkeypatch.setattr(prompts, "say", said.append)
+    rows = [{"prompt": "one", "id": 1}, {"prompt": "two"}, {"prompt": "two"}, {"prompt": "one", "id": 1}, {"prompt": "one", "id": 2}]
+    path = write(tmp_path / "a.jsonl", *rows, {"prompt": "two", "id": "x"})
+    assert read_prompts(path, "prompts.train") == [Prompt.of("one", "1"), Prompt.of("two")]
+    assert said == [f"prompts.train: 4 rows of {path} are left out: their prompts stand in earlier rows"]
+    read_prompts(write(tmp_path / "b.jsonl", *rows[:2]), "prompts.train")
+    assert len(said) == 1
 
 
 def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:

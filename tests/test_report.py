@@ -94,7 +94,7 @@ def test_the_page_shows_everything(run: Path):
     for words in ("quick<start>", "1 h 1 min in all", "3 validation prompts", "mine<b>", "Comparison", "Styles", "Answers", "Stage gad"):
         assert words in text, words
     assert "0.250 ± 0.050" in text
-    assert "+0.250 (+0.125 to +0.375)" in text
+    assert "+0.250 ± 0.125" in text
     assert "taught 2" in text
     assert "gad says 2" in text
     assert "7 tokens, cut off, style song, valid, not correct" in text

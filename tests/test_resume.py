@@ -173,3 +173,14 @@ def test_what_a_killed_process_left_is_cleared_by_the_next_writer_only(tmp_path:
         checkpoints.save(2, state(2), {})
     assert not left.exists()
     assert (tmp_path / "2" / MANIFEST).is_file()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_kept(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    experiment = tiny.Tiny(tmp_path, tmp_path_factory.getbasetemp() / "compiled")
+    (tmp_path / "tiny.yaml").write_text(tiny.CONFIG)
+    stopped = experiment.gadjax("run", "tiny.yaml", "stages.seqkd.learning_rate=1e38", "stages.seqkd.checkpoint_every=1")
+    assert stopped.returncode == 2, stopped.stderr
+    told = r"gadjax: stages\.seqkd: student/(loss|grad_norm) is (nan|inf) in step 2; lower the learning rate; .*"
+    assert re.fullmatch(told, stopped.stderr.splitlines()[-1])
+    assert [path.name for path in (experiment.run / "stages" / "seqkd" / "checkpoints").iterdir()] == ["1"]
+    assert [row["step"] for row in read(experiment.run / "stages" / "seqkd" / "metrics.jsonl")] == [0, 1]

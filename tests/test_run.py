@@ -4,10 +4,10 @@ import io
 import json
 import re
 import shutil
-import sqlite3
 import subprocess
+import time
 from collections.abc import Mapping
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from safetensors.numpy import load_file
 
-from gadjax import cli, terminal
+from gadjax import cli, evaluate, runs, terminal
+from gadjax.checkpointing import MANIFEST
+from gadjax.errors import UserError
+from gadjax.evaluation.answers import read_answers
 from gadjax.metrics import read
 from gadjax.models.checkpoint import load, read_config
-from gadjax.runs import Run
+from gadjax.runs import CLOCK, Clock, Run
 from gadjax.session import Session
 from gadjax.teachers import tutor
 from gadjax.text import Text
@@ -76,10 +80,9 @@ def gadjax(*arguments: str) -> int | str | None:
 
 
 def contents(folder: Path) -> Mapping[str, object]:
-    """The folder's files; of the cache its rows, for opening it counts as a change in the file's head."""
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    with closing(sqlite3.connect(folder / "teacher.sqlite")) as cache:
-        return files | {"teacher.sqlite": list(cache.iterdump())}
+    """The folder's files, but for the clock, which counts every call."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CLOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_it_succeeds_and_says_nothing_but_what_it_does(first: subprocess.CompletedProcess[str]):
@@ -127,7 +130,7 @@ def test_summary_has_all_stages_and_metrics(run: Path):
     names |= {"validity", "greedy_validity", "correctness", "reverse_kl"}  # the teacher is the tutor
     assert all(set(metrics) == names for metrics in summary["stages"].values())
     assert (summary["baseline"], summary["prompts"]) == ("seqkd", 8)
-    assert summary["seconds"] > 0
+    assert 1 < summary["seconds"] <= float((run / CLOCK).read_text())
 
 
 @pytest.mark.parametrize("stage", tiny.STEPS)
@@ -178,6 +181,28 @@ def test_another_stage_is_exported(run: Path, tmp_path: Path):
     assert sorted(path.name for path in (copy / "export").iterdir()) == ["gad", "warmup"]
     weights = [(folder / "model.safetensors").read_bytes() for folder in (copy / "export" / "gad", run / "export" / "gad")]
     assert weights[0] == weights[1] != (copy / "export" / "warmup" / "model.safetensors").read_bytes()
+
+
+def test_a_discriminator_is_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
+    assert gadjax("export", str(copy / "warmup"), "--discriminator") == 0
+    session = Session.open(Run.at(copy), copy / "student")
+    tensors = load_file(copy / "export" / "warmup-discriminator" / "model.safetensors")
+    np.testing.assert_array_equal(tensors["score.weight"][0], session.final_role("warmup", "discriminator").params["head"])
+    assert gadjax("export", str(copy / "seqkd"), "--discriminator") == 2
+    assert capsys.readouterr().err.endswith("gadjax: stages.seqkd: has no discriminator; name a stage of algorithm warmup or gad\n")
+
+
+def test_an_export_of_another_checkpoint_is_made_again(run: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    weights = copy / "export" / "gad" / "model.safetensors"
+    right = weights.read_bytes()
+    weights.write_bytes(b"kept")
+    assert gadjax("export", str(copy / "gad")) == 0 and weights.read_bytes() == b"kept"
+    (copy / "export" / "gad" / "gadjax.json").write_text("{}")
+    assert gadjax("export", str(copy / "gad")) == 0 and weights.read_bytes() == right
 
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -242,13 +267,65 @@ def test_a_run_that_was_moved_is_found(run: Path):
 def test_before_the_first_checkpoint_everything_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(tiny.CONFIG)
-    Run.open(Path("tiny.yaml"), []).begin()
+    with Run.open(Path("tiny.yaml"), []).begin():
+        pass
     Path("runs/tiny/stages/seqkd/checkpoints").mkdir(parents=True)
     Run.open(Path("tiny.yaml"), ["run.seed=1"])
     Path("runs/tiny/stages/seqkd/checkpoints/2").mkdir()
     with pytest.raises(Exception, match=r"was made with run\.seed = 0, the config says 1"):
         Run.open(Path("tiny.yaml"), ["run.seed=1"])
     Run.open(Path("tiny.yaml"), ["stages.gad.group_size=4"])  # a stage that has none yet
+
+
+def interrupt_after(seconds: float) -> None:
+    time.sleep(seconds)
+    raise KeyboardInterrupt
+
+
+def test_the_clock_adds_up_all_calls_those_included_that_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs, "TICK", 0.01)
+    file = tmp_path / "clock"
+    with Clock(file).running() as clock:
+        time.sleep(0.3)
+        assert 0.1 < float(file.read_text()) <= clock.seconds  # what is left of a call that is killed here
+    first = float(file.read_text())
+    with pytest.raises(KeyboardInterrupt), Clock(file).running():
+        interrupt_after(0.3)
+    assert first + 0.2 < float(file.read_text()) < first + 5
+
+
+def fake_answers(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that are asked for answers from now on; nothing is computed."""
+    asked = list[str]()
+    old = read_answers(session.run.folder / "evaluation" / "gad.jsonl")
+    monkeypatch.setattr(evaluate.Answerer, "__init__", lambda self, session: None)
+    monkeypatch.setattr(evaluate.Answerer, "answer", lambda self, params, examples, mode: old[mode])
+    monkeypatch.setattr(Session, "student_params", lambda self, name: asked.append(name))
+    return asked
+
+
+def test_a_stage_whose_checkpoint_is_another_one_is_measured_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("export"))
+    session = Session.open(Run.at(tmp_path / "copy"), tmp_path / "copy" / "student")
+    asked = fake_answers(session, monkeypatch)
+    evaluate.evaluate_stages(session)
+    assert asked == []
+    manifest = tmp_path / "copy" / "stages" / "gad" / "checkpoints" / "6" / MANIFEST
+    manifest.write_text(manifest.read_text() + "\n")  # as after another training
+    evaluate.evaluate_stages(session)
+    assert asked == ["gad"]
+    evaluate.evaluate_stages(session)
+    assert asked == ["gad"]
+    evaluate.evaluate_stages(replace(session, snapshot=replace(session.snapshot, digest="other")))
+    assert asked == ["gad", "student", "seqkd", "warmup", "gad"]
+
+
+def test_a_stage_without_its_checkpoints_is_not_shown_as_measured(run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "stages" / "gad" / "checkpoints")
+    session = Session.open(Run.at(tmp_path / "copy"), tmp_path / "copy" / "student")
+    with pytest.raises(UserError, match=r"^stages\.gad: is not trained yet"):
+        evaluate.evaluate_stages(session)
 
 
 def test_a_bar_keeps_its_counts_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):

@@ -35,7 +35,7 @@ Score = Callable[[Params, PackedRows], jax.Array]
 
 
 class GadConfig(SamplingStageConfig):
-    """The adversarial stage.
+    """The adversarial stage; by default the paper's, two epochs at 1e-6.
 
     Attributes:
         group_size: N; at least 2, because an advantage compares responses of one group.
@@ -43,6 +43,7 @@ class GadConfig(SamplingStageConfig):
     """
 
     algorithm: str = "gad"
+    epochs: int = Field(default=2, ge=1)
     group_size: int = Field(default=8, ge=2)
     kl_weight: float = Field(default=0.001, ge=0)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from pydantic import Field
 
 from gadjax.algorithms.forward import accumulate, response_log_probs, sum_over
 from gadjax.algorithms.stage import Algorithm, Guidance, OptimizerAt, StageConfig, StudentStep
@@ -17,9 +18,11 @@ from gadjax.types import Metrics, MicroBatch, PackedRows, Params, Role
 
 
 class SeqkdConfig(StageConfig):
-    """The supervised stage."""
+    """The supervised stage; by default the paper's, three epochs at 5e-6."""
 
     algorithm: str = "seqkd"
+    epochs: int = Field(default=3, ge=1)
+    learning_rate: float = Field(default=5e-6, gt=0)
 
 
 def _micro_loss(network: Network, params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:

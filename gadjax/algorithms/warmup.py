@@ -22,9 +22,10 @@ class WarmupDiscriminatorConfig(DiscriminatorConfig):
 
 
 class WarmupConfig(SamplingStageConfig):
-    """The stage that warms both models up."""
+    """The stage that warms both models up; by default the paper's, one epoch at 5e-6."""
 
     algorithm: str = "warmup"
+    learning_rate: float = Field(default=5e-6, gt=0)
     discriminator: WarmupDiscriminatorConfig = WarmupDiscriminatorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen: it is only read
 
 

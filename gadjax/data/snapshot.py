@@ -1,6 +1,6 @@
 """The frozen data of a run: token groups with the texts they come from, as a TFDS data set in ArrayRecord files.
 
-    data/manifest.json                 SHA-256 and size of every other file, and the fingerprint of what the data was made from
+    data/manifest.json                 SHA-256 and size of every other file, the examples' digest, the fingerprint of their origin
     data/dataset_info.json, features.json, groups-train.array_record-00000, ...     as TFDS writes them
 
 A snapshot is whole or absent: it is written in a folder beside, the manifest last, and renamed. It is read by index in
@@ -10,7 +10,7 @@ any order, and only after every file was found unchanged.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -67,7 +67,7 @@ class Snapshot:
     Attributes:
         splits: the groups by the name of their split, `train` and `validation`.
         fingerprint: what `freeze` was told about the data's origin.
-        digest: SHA-256 of the manifest: it names this content, and is the same for the same content.
+        digest: SHA-256 of all examples: it names this content, and is the same for the same content, whichever process froze it.
     """
 
     splits: Mapping[str, Split]
@@ -91,7 +91,7 @@ class Snapshot:
         Raises:
             UserError: there is no snapshot, or a file is missing or changed.
         """
-        manifest, digest = _manifest(folder)
+        manifest = _manifest(folder)
         for name, expected in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -99,7 +99,16 @@ class Snapshot:
             if _sha256(path) != expected["sha256"]:
                 raise UserError(str(path), "the file was changed after it was written", _FREEZE_AGAIN)
         sources: Any = tfds.builder_from_directory(str(folder)).as_data_source()  # a dict, by split
-        return cls({name: Split(source) for name, source in sources.items()}, manifest["fingerprint"], digest)
+        return cls({name: Split(source) for name, source in sources.items()}, manifest["fingerprint"], manifest["digest"])
+
+    def check_origin(self, digest: str, where: Path) -> None:
+        """Refuses to go on with what was made on the data of another digest.
+
+        Raises:
+            UserError: names `where` it lies.
+        """
+        if digest != self.digest:
+            raise UserError(str(where), "was trained on other data than the run has now", "delete it, or bring its data/ back")
 
 
 _FREEZE_AGAIN = "delete this folder and run `gadjax prepare` again"
@@ -123,19 +132,22 @@ def freeze(folder: Path, splits: Mapping[str, Iterable[Example]], fingerprint: M
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)  # what an interrupted freeze left
     beside.mkdir(parents=True)
-    _write(beside, splits)
+    digest = _write(beside, splits)
     paths = sorted(beside.iterdir())
     for path in paths:
         flush(path)
     files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths}
-    replace_file(beside / MANIFEST, to_json({"files": files, "fingerprint": dict(fingerprint)}, indent=1))
+    replace_file(beside / MANIFEST, to_json({"files": files, "fingerprint": dict(fingerprint), "digest": digest}, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     flush(folder.parent)
 
 
-def _write(folder: Path, splits: Mapping[str, Iterable[Example]]) -> None:
-    """Writes the TFDS files. `SequentialWriter` streams in order, without the usual builder's shuffling and console output."""
+def _write(folder: Path, splits: Mapping[str, Iterable[Example]]) -> str:
+    """Writes the TFDS files and returns the examples' digest.
+
+    `SequentialWriter` streams in order, without the usual builder's shuffling and console output.
+    """
     identity = tfds.core.DatasetIdentity(name="groups", version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=__name__)
     info = tfds.core.DatasetInfo(
         builder=identity,
@@ -144,17 +156,20 @@ def _write(folder: Path, splits: Mapping[str, Iterable[Example]]) -> None:
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=GROUPS_PER_FILE, file_format="array_record")
     writer.initialize_splits(list(splits))
+    digest = hashlib.sha256()
     for name, examples in splits.items():
-        rows: Any = _rows(name, examples)  # declared as a list, but only iterated over
+        rows: Any = _rows(name, examples, digest.update)  # declared as a list, but only iterated over
         writer.add_examples({name: rows})
     writer.close_all()
+    return digest.hexdigest()
 
 
-def _rows(split: str, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+def _rows(split: str, examples: Iterable[Example], update: Callable[[bytes], object]) -> Iterator[dict[str, Any]]:
+    """The examples as TFDS wants them; `update` gets the bytes of each. (Those of the files differ from process to process.)"""
     empty = True
     for example in examples:
         empty = False
-        yield {
+        row: dict[str, Any] = {
             "id": example.prompt.id,
             "messages": json.dumps(example.prompt.messages),
             "answer": example.answer.text,
@@ -162,6 +177,9 @@ def _rows(split: str, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
             "prompt": np.array(example.tokens.prompt, np.int32),
             "teacher": np.array(example.tokens.teacher, np.int32),
         }
+        texts = [split, *(row[name] for name in ("id", "messages", "answer", "truncated")), len(row["prompt"]), len(row["teacher"])]
+        update(json.dumps(texts).encode() + row["prompt"].tobytes() + row["teacher"].tobytes())
+        yield row
     if empty:
         raise UserError(f"prompts.{split}", "no prompt has an answer of the teacher", "add prompts, or see what `gadjax collect` refused")
 
@@ -175,18 +193,17 @@ def _example(row: Mapping[str, Any]) -> Example:
     )
 
 
-def _manifest(folder: Path) -> tuple[dict[str, Any], str]:
+def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(str(folder), "holds no data snapshot", "run `gadjax prepare`")
-    content = path.read_bytes()
     try:
-        manifest = json.loads(content)
+        manifest = json.loads(path.read_bytes())
     except ValueError:
         manifest = None
     match manifest:
-        case {"files": dict(), "fingerprint": dict()}:
-            return manifest, hashlib.sha256(content).hexdigest()
+        case {"files": dict(), "fingerprint": dict(), "digest": str()}:
+            return manifest
     raise UserError(str(path), "the file was changed after it was written", _FREEZE_AGAIN)
 
 

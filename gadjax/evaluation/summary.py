@@ -5,7 +5,8 @@
      "differences": {"gad": {"rouge_l": {"mean": 0.02, "low": 0.01, "high": 0.03}, ...}},   from the baseline, prompt by prompt
      "baseline": "seqkd", "prompts": 200, "seconds": 812.5}
 
-A number that is not finite is null.
+`seconds` is the wall time that all commands on the run had taken together when these numbers were found, those included that were
+interrupted. A number that is not finite is null.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ def summarise(stages: Stages, seconds: float, baseline: str = "seqkd") -> dict[s
 
     Args:
         stages: the metrics of each stage, in the order in which they are to be shown.
-        seconds: how long the run took.
+        seconds: wall time of all commands on the run until now.
         baseline: the stage that the others are compared with; without such a stage there are no differences.
 
     Raises:

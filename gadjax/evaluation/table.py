@@ -1,6 +1,6 @@
 """The summary as one table for the terminal; on a file or a pipe it is a plain Markdown table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -8,31 +8,46 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_WIDTH = 240  # a file has no width; no row is broken
+UNBOUNDED = 10_000  # characters: more than any table has
 
 
 def print_table(summary: Mapping[str, Any], console: Console) -> None:
     """Prints the stages side by side: a row of values per metric, then its row of paired differences from the baseline.
 
-    A difference whose 95 % interval leaves out 0 has a star.
+    A difference whose 95 % interval leaves out 0 has a star. Stages that do not fit beside each other stand in a table below,
+    with the same rows.
 
     Args:
         summary: what `summarise` returned, or `summary.json`.
-        console: where to.
+        console: where to; its width holds for a file, too.
     """
-    plain = not console.is_terminal
-    stages, baseline = summary["stages"], summary["baseline"]
+    stages = list(summary["stages"])
+    while stages:
+        tables = {count: _table(summary, stages[:count], plain=not console.is_terminal) for count in range(len(stages), 0, -1)}
+        count = next((count for count, table in tables.items() if _width(table, console) <= console.width), 1)
+        console.print(tables[count])
+        stages = stages[count:]
+    caption = f"{summary['prompts']} prompts, 95 % intervals; * = the interval of the paired difference leaves out 0"
+    console.print(Text(caption), soft_wrap=True)
+
+
+def _table(summary: Mapping[str, Any], stages: Sequence[str], plain: bool) -> Table:
+    """The columns of some stages, with all rows."""
+    every, baseline = summary["stages"], summary["baseline"]
     table = Table(box=box.MARKDOWN if plain else box.SIMPLE_HEAD)
     table.add_column("metric")
     for stage in stages:
         table.add_column(Text(stage), justify="right", no_wrap=True)
-    for name in dict.fromkeys(name for metrics in stages.values() for name in metrics):
+    for name in dict.fromkeys(name for metrics in every.values() for name in metrics):
         table.add_row(Text(name), *(_value(summary, stage, name) for stage in stages))
-        if any(name in summary["differences"].get(stage, {}) for stage in stages):
+        if any(name in summary["differences"].get(stage, {}) for stage in every):
             table.add_row(Text(f"  minus {baseline}"), *(_difference(summary, stage, name) for stage in stages), style="dim")
-    console.print(table, width=PLAIN_WIDTH if plain else None)
-    caption = f"{summary['prompts']} prompts, 95 % intervals; * = the interval of the paired difference leaves out 0"
-    console.print(Text(caption), soft_wrap=True)
+    return table
+
+
+def _width(table: Table, console: Console) -> int:
+    """The columns of characters that a table takes where nothing in it is cut."""
+    return console.measure(table, options=console.options.update_width(UNBOUNDED)).maximum
 
 
 def _places(summary: Mapping[str, Any], name: str) -> int:

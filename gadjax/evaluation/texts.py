@@ -4,10 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from rouge_score.rouge_scorer import RougeScorer
+# Not its RougeScorer: that fills a table of len(text) x len(reference) in Python, and loads NLTK and SciPy for stemming and sentences.
+from rouge_score.scoring import fmeasure
+from rouge_score.tokenize import tokenize
 
 _WORD = re.compile(r"\w+|[^\w\s]")
-_ROUGE = RougeScorer(["rougeL"], use_stemmer=False)
 
 NGrams = Counter[tuple[str, ...]]
 
@@ -27,12 +28,34 @@ def ngrams(text: str, n: int) -> NGrams:
 
 
 def rouge_l(texts: Sequence[str], teacher: Sequence[str]) -> list[float]:
-    """F1 of the longest common subsequence of words, by the rouge-score library without stemming, as the literature reports it.
+    """F1 of the longest common subsequence of words: the number of the rouge-score library without stemming, as the literature reports it.
 
-    The library reads ASCII only: it takes lower-case runs of a-z and 0-9 as words and every other character as a space.
+    They are the library's, which reads ASCII only: lower-case runs of a-z and 0-9 are words, every other character is a space.
     A text of another script has no words and gets 0, even against itself; "naïve" is "na" and "ve". `overlap` reads every script.
     """
-    return [_ROUGE.score(reference, text)["rougeL"].fmeasure for text, reference in zip(texts, teacher, strict=True)]
+    return [_rouge_l(tokenize(text, None), tokenize(reference, None)) for text, reference in zip(texts, teacher, strict=True)]
+
+
+def _rouge_l(text: list[str], reference: list[str]) -> float:
+    common = common_subsequence(text, reference)
+    return fmeasure(precision=common / len(text), recall=common / len(reference)) if common else 0.0
+
+
+def common_subsequence(text: Sequence[str], reference: Sequence[str]) -> int:
+    """The length of the longest common subsequence.
+
+    A row of the usual table grows by 0 or 1 from place to place, so one bit a place holds it, and a sum of two integers
+    makes the next row of it (Hyyrö, 2004): two answers of 1,100 words take a millisecond.
+    """
+    places: dict[str, int] = {}
+    for place, word in enumerate(reference):
+        places[word] = places.get(word, 0) | 1 << place
+    whole = (1 << len(reference)) - 1
+    row = whole  # a 0 for every place where the table's row grows
+    for word in text:
+        found = row & places.get(word, 0)
+        row = ((row + found) | (row - found)) & whole
+    return len(reference) - row.bit_count()
 
 
 def overlap(texts: Sequence[str], teacher: Sequence[str], n: int) -> list[float]:

@@ -6,7 +6,7 @@ renamed, so that it is there whole or not at all.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gadjax.errors import UserError
-from gadjax.models import qwen2
+from gadjax.models import llama3, qwen2, qwen3
 from gadjax.models.decoder import DecoderConfig
 from gadjax.models.hugging_face import Family, Tensor
 from gadjax.types import Params
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen2.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen2.FAMILY, qwen3.FAMILY, llama3.FAMILY)}
 
 WHERE = "student.path"
 # What a tokenizer consists of in a folder; copied as it is from the student to an export.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+# One label whose logit is the score as it is.
+SCORE = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
 
 
 def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
@@ -38,13 +41,16 @@ def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
     if not folder.is_dir():
         raise UserError(WHERE, f"there is no folder {folder}", "name a Hugging Face folder, or `random: {}` for a small fresh student")
     try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        config: dict[str, Any] = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(str(file), f"cannot be read ({error})", "name a folder that transformers wrote") from error
-    family = FAMILIES.get(config.get("model_type"))
+    family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(str(file), f"model_type {config.get('model_type')!r} is not supported", f"take one of {known}")
+    architectures = config.get("architectures") or [family.language_model]
+    if family.language_model not in architectures:
+        raise UserError(str(file), f"architectures {architectures!r} is not supported", f"take a {family.language_model}")
     try:
         return family, family.read(config)
     except KeyError as error:
@@ -53,18 +59,23 @@ def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
         raise UserError(str(file), str(error), "take a model without it") from error
 
 
-def _open_files(folder: Path) -> dict[str, Any]:
-    """Tensor name -> the open safetensors file that holds it."""
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder's tokenizer."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def _open_files(folder: Path) -> dict[str, tuple[Path, Any]]:
+    """Tensor name -> the safetensors file that holds it, and that file opened."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(str(folder), "has no *.safetensors file", "save the model with safetensors (save_pretrained does)")
-    handles: dict[str, Any] = {}
+    handles: dict[str, tuple[Path, Any]] = {}
     for file in files:
         try:
             handle = safe_open(file, framework="numpy")
         except SafetensorError as error:
             raise UserError(str(file), f"is no safetensors file ({error})", "save the model again") from error
-        handles |= dict.fromkeys(handle.keys(), handle)
+        handles |= dict.fromkeys(handle.keys(), (file, handle))
     return handles
 
 
@@ -84,6 +95,33 @@ def _put(tree: Params, path: tuple[str, ...], leaf: Any) -> None:
     tree[path[-1]] = leaf
 
 
+def open_weights(folder: Path, family: Family, shapes: Params) -> dict[str, Any]:
+    """Opens a folder's weights and sees by the files' headers alone that they are those of the network.
+
+    Args:
+        folder: the Hugging Face folder.
+        family: as `read_config` says.
+        shapes: the network's, nested dicts of ShapeDtypeStruct.
+
+    Returns:
+        tensor name -> the open file that holds it.
+
+    Raises:
+        UserError: a file is no safetensors file, or a tensor is missing or of another shape than config.json says.
+    """
+    handles = _open_files(folder)
+    for tensor, leaf in _leaves(family, shapes):
+        wanted = list(tensor.shape_there(leaf.shape[1:] if tensor.stacked else leaf.shape))
+        for name in tensor.names(leaf.shape[0]):
+            if name not in handles:
+                raise UserError(str(folder), f"has no tensor {name}", "take a whole folder, its weights and config.json of one model")
+            file, handle = handles[name]
+            found = handle.get_slice(name).get_shape()
+            if found != wanted:
+                raise UserError(str(file), f"tensor {name} is {found}, config.json makes it {wanted}", "mend one of the two")
+    return {name: handle for name, (_, handle) in handles.items()}
+
+
 def load(folder: Path, family: Family, shapes: Params, place: Callable[[np.ndarray, Any], jax.Array]) -> Params:
     """Reads a model's parameters.
 
@@ -94,31 +132,22 @@ def load(folder: Path, family: Family, shapes: Params, place: Callable[[np.ndarr
         place: (float32 array, its leaf of `shapes`) -> array on the devices.
 
     Raises:
-        UserError: a file is no safetensors file, or a tensor is missing or of another shape than config.json says.
+        UserError: as `open_weights`.
     """
-    handles = _open_files(folder)
-
-    def read(tensor: Tensor, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in handles:
-            raise UserError(str(folder), f"has no tensor {name}", "name a folder whose weights belong to its config.json")
-        array = handles[name].get_tensor(name)
-        if array.shape != tensor.shape_there(shape):
-            wanted = list(tensor.shape_there(shape))
-            raise UserError(str(folder), f"tensor {name} is {list(array.shape)}, config.json makes it {wanted}", "mend one of the two")
-        return tensor.to_ours(array.astype(np.float32), shape)
-
+    handles = open_weights(folder, family, shapes)
     params: Params = {}
     for tensor, leaf in _leaves(family, shapes):
-        if tensor.stacked:
-            layers = [read(tensor, tensor.name.format(layer), leaf.shape[1:]) for layer in range(leaf.shape[0])]
-            _put(params, tensor.path, place(np.stack(layers), leaf))
-        else:
-            _put(params, tensor.path, place(read(tensor, tensor.name, leaf.shape), leaf))
+        array = np.empty(leaf.shape, np.float32)
+        layers: Any = array if tensor.stacked else array[None]
+        for layer, name in zip(layers, tensor.names(len(layers)), strict=True):
+            layer[...] = tensor.to_ours(handles[name].get_tensor(name), layer.shape)
+        _put(params, tensor.path, place(array, leaf))
     return params
 
 
-def save(folder: Path, family: Family, config: DecoderConfig, params: Params, tokens: dict[str, int], tokenizer: Path | None) -> None:
-    """Writes parameters as a folder that transformers loads.
+def save(folder: Path, family: Family, config: DecoderConfig, params: Params, tokens: dict[str, int], files: Mapping[str, bytes]) -> None:
+    """Writes parameters as a folder that transformers loads: a student's as a causal language model, a discriminator's as a
+    sequence classifier with one label, the score.
 
     Args:
         folder: where; must not exist.
@@ -126,25 +155,23 @@ def save(folder: Path, family: Family, config: DecoderConfig, params: Params, to
         config: the dimensions.
         params: float32 parameters.
         tokens: `eos_token_id` and `pad_token_id` for config.json and generation_config.json.
-        tokenizer: the folder whose tokenizer files are copied, if any.
+        files: what else belongs into it, by name: the tokenizer.
     """
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     tensors: dict[str, np.ndarray] = {}
     for tensor, leaf in _leaves(family, params):
-        array = np.asarray(leaf)
-        if tensor.stacked:
-            tensors |= {tensor.name.format(layer): tensor.to_theirs(array[layer]) for layer in range(len(array))}
-        else:
-            tensors[tensor.name] = tensor.to_theirs(array)
+        layers = np.asarray(leaf) if tensor.stacked else np.asarray(leaf)[None]
+        tensors |= {name: tensor.to_theirs(layer) for name, layer in zip(tensor.names(len(layers)), layers, strict=True)}
     save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-    described = (
-        {"model_type": family.model_type, "architectures": [family.architecture], "dtype": "float32"} | family.write(config) | tokens
-    )
+    described = {"dtype": "float32"} | family.write(config) | tokens
+    if "head" in params:
+        described |= {"architectures": [family.classifier]} | SCORE
+    else:
+        described |= {"architectures": [family.language_model]}
+        (beside / "generation_config.json").write_text(json.dumps({"do_sample": False} | tokens, indent=2) + "\n")
     (beside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    (beside / "generation_config.json").write_text(json.dumps({"do_sample": False} | tokens, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if tokenizer is not None and (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, beside / name)
+    for name, content in files.items():
+        (beside / name).write_bytes(content)
     beside.rename(folder)

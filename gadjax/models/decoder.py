@@ -25,6 +25,26 @@ UNROLLED_LAYERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How Llama 3.x stretches its rotary frequencies beyond the context that it was first trained with (`llama3`).
+
+    Waves that fit into that context `high` times keep their frequency, those that fit less than `low` times are `factor` times as
+    long, and the fraction between is interpolated.
+
+    Attributes:
+        factor: how much longer the longest waves become.
+        low: waves per context up to which they are stretched in full.
+        high: waves per context from which they are left alone.
+        context: tokens of the first training's context.
+    """
+
+    factor: float
+    low: float
+    high: float
+    context: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The dimensions of a decoder.
 
@@ -37,10 +57,13 @@ class DecoderConfig:
         head_width: H.
         feed_forward: F.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are stretched, if at all.
         norm_epsilon: of every RMS norm.
         tied: the output projection is the embedding.
         qkv_bias: queries, keys and values have biases (Qwen2).
+        qk_norm: queries and keys are normed, head by head, before they are rotated (Qwen3).
         init_std: standard deviation of fresh weights.
+        context: the most tokens that the model is said to serve; nothing here depends on it, an export tells it on.
     """
 
     vocabulary: int
@@ -51,10 +74,13 @@ class DecoderConfig:
     head_width: int
     feed_forward: int
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: float = 1e-6
     tied: bool = True
     qkv_bias: bool = True
+    qk_norm: bool = False
     init_std: float = 0.02
+    context: int = 32_768
 
 
 def _weight(rngs: nnx.Rngs, std: float, **dims: int) -> nnx.Param[jax.Array]:
@@ -89,10 +115,21 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (normed * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
-def rotary_angles(positions: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_frequencies(config: DecoderConfig) -> jax.Array:
+    """Radians per position, [H/2] float32."""
+    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    waves = scaling.context * frequencies / (2 * math.pi)
+    kept = jnp.clip((waves - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rotary_angles(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary embedding, each [..., H/2] float32."""
-    frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angles = positions.astype(jnp.float32)[..., None] * jnp.broadcast_to(frequencies, (*positions.shape, head_width // 2))
+    frequencies = jnp.broadcast_to(rotary_frequencies(config), (*positions.shape, config.head_width // 2))
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -118,6 +155,9 @@ class Block(nnx.Module):
             self.query_bias = _zeros(layers=n, heads=c.heads, head=c.head_width)
             self.key_bias = _zeros(layers=n, kv_heads=c.kv_heads, head=c.head_width)
             self.value_bias = _zeros(layers=n, kv_heads=c.kv_heads, head=c.head_width)
+        if config.qk_norm:
+            self.query_norm = _ones(layers=n, norm=c.head_width)
+            self.key_norm = _ones(layers=n, norm=c.head_width)
         self.mlp_norm = _ones(layers=n, norm=c.width)
         self.gate = _weight(rngs, std, layers=n, embed=c.width, mlp=c.feed_forward)
         self.up = _weight(rngs, std, layers=n, embed=c.width, mlp=c.feed_forward)
@@ -125,9 +165,13 @@ class Block(nnx.Module):
 
     def _attention(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, memory: Memory) -> tuple[jax.Array, Memory]:
         c, biased = self.config, self.config.qkv_bias
-        query = rotate(_biased(linear(x, self.query[...]), self.query_bias if biased else None), angles)
-        key = rotate(_biased(linear(x, self.key[...]), self.key_bias if biased else None), angles)
+        query = _biased(linear(x, self.query[...]), self.query_bias if biased else None)
+        key = _biased(linear(x, self.key[...]), self.key_bias if biased else None)
         value = _biased(linear(x, self.value[...]), self.value_bias if biased else None)
+        if c.qk_norm:
+            query = rms_norm(query, self.query_norm[...], c.norm_epsilon)
+            key = rms_norm(key, self.key_norm[...], c.norm_epsilon)
+        query, key = rotate(query, angles), rotate(key, angles)
         grouped = query.reshape(*query.shape[:-2], c.kv_heads, c.heads // c.kv_heads, c.head_width)
         out, memory = attend(grouped, key, value, memory)
         return linear(out.reshape(query.shape), self.output[...], inputs=2), memory
@@ -167,7 +211,7 @@ class Trunk(nnx.Module):
             [..., D] hidden states after the final norm, in the compute dtype, and what every layer remembered, stacked.
         """
         x = self.embedding[...][tokens].astype(self.dtype)
-        angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
+        angles = rotary_angles(positions, self.config)
         structure, layers = nnx.split(self.blocks)
 
         def layer(x: jax.Array, weights_and_memory: tuple[Any, Memory]) -> tuple[jax.Array, Memory]:

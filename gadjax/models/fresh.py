@@ -3,9 +3,11 @@
 It is written as a Hugging Face folder and goes the way of every other student from there. Its tokenizer is byte-level, so
 it keeps every text exactly, and has one token for each frequent word (with the space before it); what it does not know
 is spelled in bytes.
+
+It is a Llama: for a Qwen2 model AutoTokenizer puts Qwen2's own normalizer and pre-tokenizer in place of tokenizer.json's.
 """
 
-import shutil
+import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,9 +19,8 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
-from gadjax.models import qwen2
+from gadjax.models import llama3
 from gadjax.models.checkpoint import save
 from gadjax.models.decoder import DecoderConfig, language_model
 from gadjax.section import Section
@@ -30,6 +31,13 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",  # which keeps tokenizer.json as it is, in transformers 4 and 5
+    "eos_token": END,
+    "pad_token": PAD,
+    "clean_up_tokenization_spaces": False,
+}
 
 
 class FreshConfig(Section):
@@ -58,7 +66,7 @@ class FreshConfig(Section):
         return self
 
 
-def word_tokenizer(texts: Iterable[str], words: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(texts: Iterable[str], words: int) -> Tokenizer:
     """Bytes, and one token for each of the most frequent words of `texts`; control tokens lie beyond them."""
     pieces = ByteLevel(add_prefix_space=False)
     counts = Counter(piece for text in texts for piece, _ in pieces.pre_tokenize_str(text))
@@ -71,28 +79,29 @@ def word_tokenizer(texts: Iterable[str], words: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pieces
     tokenizer.decoder = ByteLevelDecoder()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
-    made.chat_template = TEMPLATE
-    return made
+    return tokenizer
 
 
 def write_fresh(folder: Path, config: FreshConfig, texts: Iterable[str], seed: int) -> None:
     """Writes the student's folder; it is there whole or not at all."""
     tokenizer = word_tokenizer(texts, config.words)
+    ids = tokenizer.get_vocab()
     dims = DecoderConfig(
-        vocabulary=len(tokenizer),
+        vocabulary=len(ids),
         width=config.width,
         layers=config.layers,
         heads=config.heads,
         kv_heads=config.kv_heads,
         head_width=config.width // config.heads,
         feed_forward=config.feed_forward,
+        qkv_bias=False,
         init_std=config.width**-0.5 / 2,
     )
-    files = folder.with_name(folder.name + ".tokenizer")
-    tokenizer.save_pretrained(files)
     params = language_model(dims, jnp.dtype(jnp.float32)).init(jax.random.key(seed))
-    ids = tokenizer.get_vocab()
     tokens = {"eos_token_id": ids[END], "pad_token_id": ids[PAD]}
-    save(folder, qwen2.FAMILY, dims, params, tokens, files)
-    shutil.rmtree(files)
+    files = {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(TOKENIZER_CONFIG, indent=2),
+        "chat_template.jinja": TEMPLATE,
+    }
+    save(folder, llama3.FAMILY, dims, params, tokens, {name: text.encode() for name, text in files.items()})

@@ -105,5 +105,6 @@ def _cell(summary: Mapping[str, Any], stage: str, name: str, places: int) -> dic
     difference = summary["differences"].get(stage, {}).get(name)
     if not difference or difference["low"] is None:
         return cell | {"difference": "", "sure": False}
-    mean, low, high = (f"{difference[key]:+.{places}f}" for key in ("mean", "low", "high"))
-    return cell | {"difference": f"{mean} ({low} to {high})", "sure": difference["low"] > 0 or difference["high"] < 0}
+    half = (difference["high"] - difference["low"]) / 2
+    shown = f"{difference['mean']:+.{places}f} ± {half:.{places}f}"
+    return cell | {"difference": shown, "sure": difference["low"] > 0 or difference["high"] < 0}

@@ -108,17 +108,21 @@ class TeacherCache:
     Args:
         path: the SQLite file; made where there is none.
         lease_seconds: a lease that its owner does not renew for so long may be taken by others.
+        read_only: only for reading answers: the file must be there and stays as it is.
 
     Raises:
         UserError: the file is no cache of this version, or its file system cannot hold one.
     """
 
-    def __init__(self, path: Path | str, lease_seconds: float = 30.0):
-        self.path, self.lease_seconds = Path(path), lease_seconds
+    def __init__(self, path: Path | str, lease_seconds: float = 30.0, *, read_only: bool = False):
+        self.path, self.lease_seconds, self._read_only = Path(path), lease_seconds, read_only
         self._owner = uuid.uuid4().hex
+        # SQLite's own mode for reading only would leave its -wal and -shm files behind.
+        file = f"{self.path.absolute().as_uri()}?mode={'rw' if read_only else 'rwc'}"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            if not read_only:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
             try:
                 self._prepare()
             except BaseException:
@@ -128,16 +132,25 @@ class TeacherCache:
             raise UserError(str(path), f"cannot be opened as a cache ({error})", "move the file away or name another folder") from error
 
     def _prepare(self) -> None:
+        if self._read_only:
+            self._db.execute("PRAGMA query_only = ON")
+            self._check_version(VERSION)
+            return
         mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if mode != "wal":
             raise UserError(str(self.path), "its file system allows no write-ahead log", "put the run's folder on a local disk")
         self._db.execute("PRAGMA synchronous = FULL")
+        if self._check_version(0, VERSION) == VERSION:
+            return  # nothing is written by opening
         with self._transaction():
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, VERSION):
-                raise UserError(str(self.path), f"is a cache of version {version}, not {VERSION}", "use the gadjax that made it")
             self._db.execute(SCHEMA)
             self._db.execute(f"PRAGMA user_version = {VERSION}")
+
+    def _check_version(self, *allowed: int) -> int:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in allowed:
+            raise UserError(str(self.path), f"is a cache of version {version}, not {VERSION}", "use the gadjax that made it")
+        return version
 
     def __enter__(self) -> Self:
         return self

@@ -1,13 +1,17 @@
 """The config section `teacher`: whom to ask, how, and for how much."""
 
+import re
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from gadjax.errors import UserError
 from gadjax.section import Section
 
 OPENAI = "https://api.openai.com/v1"
+# The name of an environment variable. One that mixes both cases with digits is a key: `gsk_aB3...`.
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*|[a-z_][a-z0-9_]*|[A-Za-z_]+")
 
 
 class Price(Section):
@@ -68,6 +72,15 @@ class TeacherConfig(Section):
     tries: int = Field(default=6, ge=1)
     retry_wait: float = Field(default=1.0, ge=0)
     path: str | None = None
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_no_key(cls, name: str) -> str:
+        if VARIABLE.fullmatch(name):
+            return name
+        # Not ValueError, which would show the value.
+        what, mend = "is no name of an environment variable", "name the variable that holds the key, and write the key into no config"
+        raise UserError("teacher.api_key_env", what, mend)
 
     @model_validator(mode="after")
     def _is_whole(self) -> "TeacherConfig":

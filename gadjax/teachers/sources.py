@@ -67,10 +67,7 @@ def _tutor_count(source: str | None) -> int:
 
 def _prompts_of_answers(path: str) -> list[Prompt]:
     """The prompts of a file of answers, each once, however many answers it has."""
-    found = dict[str, tuple[str, Prompt]]()
-    for place, prompt, _ in read_pairs(path):
-        found.setdefault(str(prompt.messages), (place, prompt))
-    return distinct(found.values())
+    return distinct((place, prompt) for place, prompt, _ in read_pairs(path))
 
 
 def _check_disjoint(train: list[Prompt], validation: list[Prompt]) -> None:

@@ -1,0 +1,66 @@
+"""What is frozen of the teacher's answers, and what is left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gadjax import prepare
+from gadjax.data.snapshot import Snapshot
+from gadjax.errors import UserError
+from gadjax.prepare import collect_answers, prepare_data
+from gadjax.runs import Run
+from tests import tiny
+
+SHORT = [{"prompt": f"question {i}", "response": "yes"} for i in range(6)]
+LONG = [
+    {"content": [{"role": "system", "content": "word " * 40}, {"role": "user", "content": f"long {i}"}], "teacher_response": "no"}
+    for i in range(3)
+]
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines = list[str]()
+    monkeypatch.setattr(prepare, "say", lines.append)
+    return lines
+
+
+def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> Run:
+    """A run with the answers of these rows in its cache."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny.CONFIG)
+    Path("answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = ["teacher={backend: file, path: answers.jsonl}", "prompts={train: null, validation: null, validation_share: 0.4}"]
+    run = Run.open(Path("tiny.yaml"), [*given, "data={max_prompt_tokens: 40, row_tokens: null}"])
+    collect_answers(run)
+    return run
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
+    run = run_of(tmp_path, monkeypatch, [*SHORT, *LONG])
+    prepare_data(run)
+    snapshot = Snapshot.open(run.data)
+    kept = [example.prompt.text for split in snapshot.splits.values() for example in split]
+    assert sorted(kept) == [row["prompt"] for row in SHORT]
+    assert said == [
+        "prepare: 3 prompts are left out: too long for data.max_prompt_tokens even without their last text",
+        f"prepare: {len(snapshot.train)} groups to train on, {len(snapshot.validation)} held out",
+    ]
+    prepare_data(run)  # which is done already
+    assert len(said) == 2
+
+
+def test_an_error_is_left_where_all_prompts_are_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
+    run = run_of(tmp_path, monkeypatch, LONG)
+    with pytest.raises(UserError, match=r"^data\.max_prompt_tokens: a prompt is too long even without its last text; raise it"):
+        prepare_data(run)
+    assert not run.data.exists() and said == []
+
+
+def test_the_cache_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = run_of(tmp_path, monkeypatch, SHORT)
+    before = run.cache.read_bytes()
+    prepare_data(run)
+    assert run.cache.read_bytes() == before
