@@ -151,17 +151,23 @@ class Config(Section):
                 raise UserError(
                     "stages", f"{name!r} is no name for a stage", f"use letters, digits, `.`, `_` and `-`, and not `{UNTOUCHED}`"
                 )
-            _check_among(f"stages.{name}.from", stage.from_, students, "an earlier stage")
+            if not is_elsewhere(stage.from_):
+                _check_among(f"stages.{name}.from", stage.from_, students, "an earlier stage")
             if isinstance(stage, SamplingStageConfig):
-                _check_among(
-                    f"stages.{name}.discriminator.from", stage.discriminator.from_, discriminators, "an earlier stage that has one"
-                )
+                origin = stage.discriminator.from_
+                if origin is not None and not is_elsewhere(origin):
+                    _check_among(f"stages.{name}.discriminator.from", origin, discriminators, "an earlier stage that has one")
                 discriminators.append(name)
             students.append(name)
         for name in self.evaluation.stages or ():
             _check_among("evaluation.stages", name, [*self.stages], "a stage")
         _check_among("evaluation.export", self.evaluation.export, [*self.stages], "a stage")
         return self
+
+
+def is_elsewhere(origin: str) -> bool:
+    """Whether a stage's `from` names something outside of the run, by a path."""
+    return "/" in origin
 
 
 def _check_among(field: str, name: str | None, known: list[str], what: str) -> None:

@@ -15,6 +15,7 @@ from gadjax.errors import UserError
 from gadjax.models.checkpoint import TOKENIZER_FILES, open_weights
 from gadjax.models.decoder import language_model
 from gadjax.models.fresh import write_fresh
+from gadjax.origins import check_origins
 from gadjax.records import Answer, Prompt, TokenGroup
 from gadjax.runs import Run
 from gadjax.session import read_student
@@ -41,6 +42,7 @@ def check_teacher(run: Run) -> None:
 def check_student(run: Run) -> None:
     """Tells what is wrong with the student and the mesh. A student of the hub is fetched for that."""
     make_mesh(run.config.mesh)
+    check_origins(run.config)
     if run.config.student.path is not None:
         folder = given_student(run.config.student.path)
         _, family, dims = read_student(folder)

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.checkpointing import Checkpoints
-from gadjax.config import UNTOUCHED
+from gadjax.config import UNTOUCHED, is_elsewhere
 from gadjax.data.pipeline import steps
 from gadjax.data.snapshot import Snapshot
 from gadjax.errors import UserError
-from gadjax.models.checkpoint import load, read_config
+from gadjax.models.checkpoint import read_config
 from gadjax.models.decoder import DecoderConfig, discriminator_params
 from gadjax.models.hugging_face import Family
 from gadjax.optimizer import restart_schedule
+from gadjax.origins import has_discriminator, role_from
 from gadjax.runs import Run
 from gadjax.steps import Models
 from gadjax.text import Text
@@ -73,16 +73,7 @@ class Session:
 
     def untouched(self) -> Params:
         """The student's parameters as they came."""
-        shardings = self.models.params_shardings(self.models.student)
-        placed = {
-            id(leaf): sharding
-            for leaf, sharding in zip(jax.tree.leaves(self.models.student.shapes), jax.tree.leaves(shardings), strict=True)
-        }
-
-        def place(array: np.ndarray, leaf: object) -> jax.Array:
-            return jax.device_put(array, placed[id(leaf)])
-
-        return load(self.folder, self.family, self.models.student.shapes, place)
+        return self.models.read(self.models.student, self.folder, self.family)
 
     def total_steps(self, name: str) -> int:
         """The steps of a stage."""
@@ -108,9 +99,12 @@ class Session:
         """The student's parameters after stage `name`; `student` is the untouched one."""
         return self.untouched() if name == UNTOUCHED else self.final_role(name, "student").params
 
-    def inherited(self, name: str, role: str) -> Role:
-        """`student` or `discriminator` of a finished stage as the next one starts with it: moments kept, schedule restarted."""
-        found = self.final_role(name, role)
+    def inherited(self, origin: str, role: str) -> Role:
+        """`student` or `discriminator` of where a stage starts from: moments kept, schedule restarted."""
+        if is_elsewhere(origin):
+            found = role_from(origin, role, self.models, self.family, self.dims)
+        else:
+            found = self.final_role(origin, role)
         return found._replace(optimizer=restart_schedule(found.optimizer))
 
     def first_state(self, name: str) -> TrainState:
@@ -122,9 +116,14 @@ class Session:
             student = self.inherited(stage.from_, "student")
         if not isinstance(stage, SamplingStageConfig):
             return TrainState(student, None)
-        origin = stage.discriminator.from_ or stage.from_
-        if origin != UNTOUCHED and isinstance(self.run.config.stages[origin], SamplingStageConfig):
+        origin = stage.discriminator.from_ or (stage.from_ if self._has_discriminator(stage.from_) else UNTOUCHED)
+        if origin != UNTOUCHED:
             return TrainState(student, self.inherited(origin, "discriminator"))
         head_key = jax.random.fold_in(self.key, 1)
         params = discriminator_params(models.discriminator, jax.tree.map(jnp.copy, student.params), head_key)
         return TrainState(student, models.fresh_role(models.discriminator, params))
+
+    def _has_discriminator(self, origin: str) -> bool:
+        if is_elsewhere(origin):
+            return has_discriminator(origin)
+        return origin != UNTOUCHED and isinstance(self.run.config.stages[origin], SamplingStageConfig)

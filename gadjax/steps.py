@@ -8,6 +8,7 @@ Letters: B groups, J = 1 + N responses with the teacher's first, P prompt tokens
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,9 @@ from gadjax.algorithms.stage import Algorithm, SamplingStageConfig, StageConfig
 from gadjax.config import Config, DataConfig
 from gadjax.data.packing import RowShape
 from gadjax.errors import UserError
+from gadjax.models.checkpoint import load
 from gadjax.models.decoder import DecoderConfig, Network, discriminator, language_model
+from gadjax.models.hugging_face import Family
 from gadjax.optimizer import make_optimizer
 from gadjax.rollout.engine import SamplingPlan, make_generate
 from gadjax.sharding import make_mesh, named_sharding, replicated, row_multiple
@@ -111,6 +114,12 @@ class Models:
     def place_params(self, network: Network, params: Params) -> Params:
         """Host or device parameters onto the devices."""
         return jax.tree.map(jax.device_put, params, self.params_shardings(network))
+
+    def read(self, network: Network, folder: Path, family: Family) -> Params:
+        """A network's parameters from a Hugging Face folder onto the devices."""
+        shardings = self.params_shardings(network)
+        placed = {id(leaf): sharding for leaf, sharding in zip(jax.tree.leaves(network.shapes), jax.tree.leaves(shardings), strict=True)}
+        return load(folder, family, network.shapes, lambda array, leaf: jax.device_put(array, placed[id(leaf)]))
 
     def place_rows(self, rows: PackedRows) -> PackedRows:
         """Packed rows onto the devices."""

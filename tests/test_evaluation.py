@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import cast
 
@@ -60,14 +59,6 @@ def test_rouge_l():
 @given(*[st.lists(st.sampled_from(["a", "b", "C", "d-e", "é", "1"]), max_size=80).map(" ".join)] * 2)
 def test_rouge_l_is_the_library_s(text: str, teacher: str):
     assert texts.rouge_l([text], [teacher]) == [RougeScorer(["rougeL"]).score(teacher, text)["rougeL"].fmeasure]
-
-
-def test_rouge_l_of_long_answers_takes_milliseconds():
-    rng = random.Random(0)
-    long = [" ".join(rng.choices([f"w{i}" for i in range(500)], k=1100)) for _ in range(40)]
-    start = time.perf_counter()
-    assert texts.rouge_l(long, long[::-1])[0] > 0.05
-    assert time.perf_counter() - start < 2  # a table in Python takes 8
 
 
 def test_the_metrics_load_neither_nltk_nor_scipy():

@@ -194,9 +194,9 @@ def session(folder: Path, student: Path) -> tuple[Session, Params]:
     network = discriminator(dims, F32)
     params = discriminator_params(network, read(student), jax.random.key(0))
     stages = {"seqkd": SeqkdConfig.model_validate({"algorithm": "seqkd"}), "gad": GadConfig.model_validate({"algorithm": "gad"})}
-    run = SimpleNamespace(folder=folder, config=SimpleNamespace(stages=stages))
+    run = SimpleNamespace(folder=folder, config=SimpleNamespace(stages=stages), checkpoints=lambda name: folder / name)
     found = {("gad", "discriminator"): SimpleNamespace(params=params)}
-    parts = {"folder": student, "text": Text.load(str(student)), "family": family, "dims": dims}
+    parts = {"total_steps": lambda name: 1, "folder": student, "text": Text.load(str(student)), "family": family, "dims": dims}
     return cast(Session, SimpleNamespace(run=run, final_role=lambda *name: found[name], **parts)), params
 
 

@@ -23,8 +23,9 @@ class DiscriminatorConfig(Section):
     Attributes:
         learning_rate: its height; the stage's schedule moves it.
         train: whether it goes on learning; false is the paper's off-policy study.
-        from_: where its parameters and optimizer come from: a stage, or `student` for a copy of the stage's first student
-            with a fresh head. By default the stage's own `from` if that has a discriminator, else `student`.
+        from_: where its parameters and optimizer come from: a stage, RUN/STAGE of another run, the folder of an exported
+            discriminator, or `student` for a copy of the stage's first student with a fresh head. By default the stage's own
+            `from` if that has a discriminator, else `student`.
     """
 
     learning_rate: float = Field(default=1e-6, gt=0)
@@ -37,7 +38,8 @@ class StageConfig(Section):
 
     Attributes:
         algorithm: its name in `gadjax.algorithms.registry`.
-        from_: the student that it starts from: an earlier stage, or `student` for the untouched one.
+        from_: the student that it starts from: an earlier stage, `student` for the untouched one, RUN/STAGE of another run,
+            or a Hugging Face folder of the same family and size.
         epochs: passes over the training groups.
         max_steps: bound on the steps, or null.
         batch_groups: B, groups per step.

@@ -31,8 +31,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 SCORE = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
 
 
-def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
-    """The family and dimensions of the model in a folder.
+def read_config(folder: Path, *, classifier: bool = False) -> tuple[Family, DecoderConfig]:
+    """The family and dimensions of the language model, or sequence classifier, in a folder.
 
     Raises:
         UserError: there is no such folder, no config.json in it, or it is of another architecture.
@@ -48,9 +48,10 @@ def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(str(file), f"model_type {config.get('model_type')!r} is not supported", f"take one of {known}")
-    architectures = config.get("architectures") or [family.language_model]
-    if family.language_model not in architectures:
-        raise UserError(str(file), f"architectures {architectures!r} is not supported", f"take a {family.language_model}")
+    wanted = family.classifier if classifier else family.language_model
+    architectures = config.get("architectures") or [wanted]
+    if wanted not in architectures:
+        raise UserError(str(file), f"architectures {architectures!r} is not supported", f"take a {wanted}")
     try:
         return family, family.read(config)
     except KeyError as error:
