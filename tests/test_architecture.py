@@ -168,3 +168,13 @@ def test_house(check: Check):
 def test_check_refuses(check: Check):
     for source in CHECKS[check]:
         assert list(check(source)), source
+
+
+def test_the_readmes_tree_has_every_file_once():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    lines = re.findall(r"^    +(?:\w[\w/]*/)?(\w+\.(?:py|yaml)|\w+/)(?=  |\n)", readme[readme.index("\n    gadjax/\n") :], re.M)
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    folders = {path.parent for path in files}
+    configs = (PACKAGE.parent / "configs").glob("*.yaml")
+    expected = [path.name for path in (*files, *configs)] + [f"{folder.name}/" for folder in folders]
+    assert sorted(lines) == sorted([*expected, "tests/"])
