@@ -95,6 +95,6 @@ def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
                     advance(index * len(MODES) + number, name)
                 write_answers(file, answers, tutor)
                 replace_file(mark, origin)
-            measured[name] = measure(read_answers(file), vocabulary)
+            measured[name] = measure(read_answers(file), session.run.config.evaluation.metrics, vocabulary)
             advance((index + 1) * len(MODES), name)
     return measured

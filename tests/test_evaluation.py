@@ -157,10 +157,21 @@ def test_by_prompt():
 # --- metrics of a stage ----------------------------------------------------------------------------------------------
 
 
+BOTH = ("rouge_l", "overlap")
+
+
+def test_measure_compares_as_it_is_told():
+    answers = {"greedy": samples([("q1", TEACHER, TEXT)])}
+    always = {"distinct_2", "length_mean"}
+    assert set(measure(answers, ())) == always
+    assert set(measure(answers, ("rouge_l",))) == always | {"rouge_l"}
+    assert set(measure(answers, ("overlap",))) == always | {f"overlap_{n}" for n in (1, 2, 3, 4)}
+
+
 def test_measure_without_the_tutor():
     rows = [("q1", TEACHER, TEXT), ("q2", "yes", "yes")]
     other = samples([("q3", "t", "other")], length=9)
-    found = measure({"greedy": samples(rows), "sampled_0_8": other, "sampled_1_0": other})
+    found = measure({"greedy": samples(rows), "sampled_0_8": other, "sampled_1_0": other}, BOTH)
     assert set(found) == {"rouge_l", "overlap_1", "overlap_2", "overlap_3", "overlap_4", "distinct_2", "length_mean"}
     assert found["rouge_l"].value == pytest.approx((8 / 11 + 1) / 2)
     assert found["overlap_2"].by_prompt == pytest.approx({Prompt.of("q1").id: 2 / 9, Prompt.of("q2").id: 1})
@@ -172,7 +183,7 @@ def test_measure_with_the_tutor():
     answers = of_the_tutor(10, answers=2)
     broken = dataclasses.replace(answers, texts=("nonsense", *answers.texts[1:]))
     # In so large a vocabulary uniform text weighs nothing, and the tutor's own answers lie -log(1 - 0.001) from the smoothed tutor.
-    found = measure({"greedy": answers, "sampled_0_8": broken, "sampled_1_0": answers}, vocabulary=10**9)
+    found = measure({"greedy": answers, "sampled_0_8": broken, "sampled_1_0": answers}, BOTH, vocabulary=10**9)
     assert found["greedy_validity"].value == 1
     assert found["validity"].value == found["correctness"].value == pytest.approx(0.95)
     assert found["validity"].by_prompt == {name: 0.5 if name == answers.ids[0] else 1 for name in answers.ids}
@@ -181,7 +192,7 @@ def test_measure_with_the_tutor():
 
 def test_measure_refuses_unknown_ways_of_decoding():
     with pytest.raises(ValueError, match="beam"):
-        measure({"beam": samples([("q", "t", "t")])}, vocabulary=5)
+        measure({"beam": samples([("q", "t", "t")])}, BOTH, vocabulary=5)
 
 
 def test_samples_have_columns_of_one_length():

@@ -1,20 +1,26 @@
 """The config section `evaluation`."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from gadjax.section import Section
+
+TextMetric = Literal["rouge_l", "overlap"]
 
 
 class EvaluationConfig(Section):
     """How stages are measured.
 
     Attributes:
+        metrics: how answers are compared with the teacher's; what needs no comparison is always measured.
         validation_groups: held-out groups that a stage looks at while it trains.
         batch_groups: prompts answered at a time in the evaluation after training.
         stages: the stages in the table, in this order, besides the untouched `student`; all of them by default.
         export: the stage that is exported at the end of a run; the last one by default.
     """
 
+    metrics: tuple[TextMetric, ...] = Field(default=("rouge_l", "overlap"), strict=False)
     validation_groups: int = Field(default=128, ge=1)
     batch_groups: int = Field(default=128, ge=1)
     stages: tuple[str, ...] | None = Field(default=None, strict=False)  # YAML has lists

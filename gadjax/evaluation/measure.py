@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gadjax.evaluation.config import TextMetric
 from gadjax.evaluation.samples import Samples
 from gadjax.evaluation.statistics import by_prompt
 from gadjax.evaluation.texts import distinct_2, overlap, rouge_l
@@ -19,29 +20,33 @@ class Metric:
     by_prompt: Mapping[str, float] | None = None
 
 
-def measure(answers: Mapping[str, Samples], vocabulary: int | None = None) -> dict[str, Metric]:
+def measure(answers: Mapping[str, Samples], texts: Sequence[TextMetric], vocabulary: int | None = None) -> dict[str, Metric]:
     """The metrics that the given ways of decoding allow.
 
     Args:
         answers: a stage's samples by the name of the way of decoding, of `MODES`.
+        texts: how they are compared with the teacher's.
         vocabulary: with the tutor as the teacher, the size of the vocabulary; None with any other teacher.
 
     Returns:
-        of `greedy`: rouge_l, overlap_1 to overlap_4, distinct_2, length_mean (tokens) and, with the tutor, greedy_validity;
+        of `greedy`: rouge_l, overlap_1 to overlap_4 as `texts` says, distinct_2, length_mean (tokens) and, with the tutor, greedy_validity;
         with the tutor, of `sampled_0_8`: validity, correctness; of `sampled_1_0`: reverse_kl (nats).
     """
     found: dict[str, Metric] = {}
     for mode, samples in answers.items():
         if mode == "greedy":
-            found |= _texts(samples)
+            found |= _texts(samples, texts)
         if vocabulary is not None:
             found |= _tutor(mode, samples, vocabulary)
     return found
 
 
-def _texts(samples: Samples) -> dict[str, Metric]:
-    values = {"rouge_l": rouge_l(samples.texts, samples.teacher)}
-    values |= {f"overlap_{n}": overlap(samples.texts, samples.teacher, n) for n in (1, 2, 3, 4)}
+def _texts(samples: Samples, wanted: Sequence[TextMetric]) -> dict[str, Metric]:
+    values: dict[str, list[float]] = {}
+    if "rouge_l" in wanted:
+        values["rouge_l"] = rouge_l(samples.texts, samples.teacher)
+    if "overlap" in wanted:
+        values |= {f"overlap_{n}": overlap(samples.texts, samples.teacher, n) for n in (1, 2, 3, 4)}
     metrics = {name: _mean(samples, column) for name, column in values.items()}
     return metrics | {"distinct_2": Metric(distinct_2(samples.texts)), "length_mean": _mean(samples, samples.lengths)}
 
