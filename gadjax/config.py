@@ -60,11 +60,15 @@ class StudentConfig(Section):
         path: a Hugging Face folder or hub name.
         random: a small fresh model instead, with a tokenizer made from the teacher's words.
         compute_dtype: of activations; parameters and optimizers are float32.
+        rematerialise: gradients keep only each layer's input and compute the rest again: less memory, a third more work.
+        template: arguments of the chat template, the same for teacher's and student's side: `{enable_thinking: false}` for Qwen3.
     """
 
     path: str | None = "Qwen/Qwen2.5-7B-Instruct"
     random: FreshConfig | None = None
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    rematerialise: bool = False
+    template: dict[str, bool | int | str] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

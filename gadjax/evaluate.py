@@ -1,6 +1,7 @@
 """Every stage measured the same way on the held-out prompts: greedy, and one sample at T = 0.8 and at 1.0."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
 from gadjax.evaluation.samples import MODES, Samples
 from gadjax.files import replace_file, to_json
+from gadjax.rollout.engine import SamplingPlan
 from gadjax.runs import Run
 from gadjax.session import Session
 from gadjax.sharding import replicated
@@ -34,7 +36,10 @@ class Answerer:
         self._session, self._models = session, session.models
         data, end = session.run.config.data, session.text.end_of_turn
         self._batch = session.run.config.evaluation.batch_groups
-        self._samplers = {mode: Sampler(session.models, data, 1, temperature, end) for mode, temperature in MODES.items()}
+        plan = SamplingPlan(samples=1, response_tokens=data.max_response_tokens, temperature=0.0, end_of_turn=end)
+        self._samplers = {
+            mode: Sampler(session.models, data, replace(plan, temperature=temperature)) for mode, temperature in MODES.items()
+        }
         self._log_probs = session.models.jit(make_sequence_log_probs(session.models.student), out_shardings=replicated(session.models.mesh))
         self._shape = row_shape(data, session.models.mesh, self._batch, 1)
 

@@ -15,13 +15,15 @@ class OptimizerConfig(Section):
     """AdamW as the paper's code sets it, for both models and every stage; the learning rate belongs to the stage.
 
     Attributes:
-        weight_decay: decoupled; on every parameter.
+        weight_decay: decoupled.
+        decay: which parameters decay: `all` (as the paper's code does), or only `matrices`, not norms and biases.
         clip_norm: bound of the gradient's global norm.
         b1: decay of the first moment.
         b2: decay of the second moment.
     """
 
     weight_decay: float = Field(default=0.01, ge=0)
+    decay: Literal["all", "matrices"] = "all"
     clip_norm: float = Field(default=0.2, gt=0)
     b1: float = Field(default=0.9, ge=0, lt=1)
     b2: float = Field(default=0.999, ge=0, lt=1)
@@ -54,8 +56,15 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     """Clip, then AdamW; parameters and moments in float32. The shape of its state does not depend on the schedule."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+        optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices if config.decay == "matrices" else None
+        ),
     )
+
+
+def matrices(params: Params) -> Params:
+    """True for the parameters that are neither norms nor biases; their names tell."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not str(path[-1].key).endswith(("norm", "bias")), params)
 
 
 def restart_schedule(state: optax.OptState) -> optax.OptState:

@@ -45,7 +45,7 @@ def check_student(run: Run) -> None:
     check_origins(run.config)
     if run.config.student.path is not None:
         folder = given_student(run.config.student.path)
-        _, family, dims = read_student(folder)
+        _, family, dims = read_student(folder, run.config.student)
         open_weights(folder, family, language_model(dims, jnp.dtype(jnp.float32)).shapes)
 
 
@@ -77,7 +77,7 @@ def prepare_data(run: Run) -> Path:
         if run.begun():
             say(f"prepare: other answers or another tokenizer than in {run.data}; the stages go on with the data that they began with")
             return folder
-    text, left_out = Text.load(str(folder)), set[str]()
+    text, left_out = Text.load(str(folder), config.student.template), set[str]()
     freeze(run.data, {split: _examples(text, config, prompts, found, left_out) for split, found in answered.items()}, fingerprint)
     if left_out:
         say(f"prepare: {len(left_out)} prompts are left out: too long for data.max_prompt_tokens even without their last text")
@@ -144,4 +144,5 @@ def _fingerprint(config: Config, folder: Path, answered: dict[str, list[Answer]]
             tokenizer.update(name.encode() + (folder / name).read_bytes())
     texts = hashlib.sha256(repr(answered).encode())
     lengths = f"{config.data.max_prompt_tokens}, {config.data.max_response_tokens}"
+    tokenizer.update(repr(sorted(config.student.template.items())).encode())
     return {"tokenizer": tokenizer.hexdigest(), "answers": texts.hexdigest(), "lengths": lengths}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.checkpointing import Checkpoints
-from gadjax.config import UNTOUCHED, is_elsewhere
+from gadjax.config import UNTOUCHED, StudentConfig, is_elsewhere
 from gadjax.data.pipeline import steps
 from gadjax.data.snapshot import Snapshot
 from gadjax.errors import UserError
@@ -23,14 +23,14 @@ from gadjax.text import Text
 from gadjax.types import Params, Role, TrainState
 
 
-def read_student(folder: Path) -> tuple[Text, Family, DecoderConfig]:
-    """The tokenizer, family and dimensions of a student.
+def read_student(folder: Path, config: StudentConfig) -> tuple[Text, Family, DecoderConfig]:
+    """The tokenizer, family and dimensions of the student in a folder.
 
     Raises:
         UserError: the folder holds no student that can be used.
     """
     family, dims = read_config(folder)
-    text = Text.load(str(folder))
+    text = Text.load(str(folder), config.template)
     if dims.vocabulary < text.vocabulary_size:
         raise UserError(
             str(folder), f"embeds {dims.vocabulary} tokens, its tokenizer has {text.vocabulary_size}", "use the model's own tokenizer"
@@ -63,7 +63,7 @@ class Session:
     @classmethod
     def open(cls, run: Run, folder: Path) -> "Session":
         """Opens a run whose data is frozen; `folder` is the student's."""
-        text, family, dims = read_student(folder)
+        text, family, dims = read_student(folder, run.config.student)
         return cls(run, folder, text, Snapshot.open(run.data), family, dims, Models.of(run.config, dims))
 
     @property

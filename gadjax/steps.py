@@ -69,9 +69,9 @@ class Models:
     @classmethod
     def of(cls, config: Config, dims: DecoderConfig) -> "Models":
         """The models of a config for a student of these dimensions."""
-        dtype = jnp.dtype(config.student.compute_dtype)
+        dtype, again = jnp.dtype(config.student.compute_dtype), config.student.rematerialise
         optimizer = make_optimizer(config.optimizer, optax.constant_schedule(1.0))
-        return cls(make_mesh(config.mesh), language_model(dims, dtype), discriminator(dims, dtype), optimizer)
+        return cls(make_mesh(config.mesh), language_model(dims, dtype, again), discriminator(dims, dtype, again), optimizer)
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """`jax.jit` with this mesh in scope, so that the constraints inside (`gadjax.sharding.constrain`) hold."""
@@ -200,14 +200,22 @@ class Programs:
     @cached_property
     def sampler(self) -> "Sampler":
         assert isinstance(self.stage, SamplingStageConfig)
-        return Sampler(self.models, self.data, self.stage.group_size, self.stage.temperature, self.end_of_turn)
+        stage = self.stage
+        plan = SamplingPlan(
+            samples=stage.group_size,
+            response_tokens=self.data.max_response_tokens,
+            temperature=stage.temperature,
+            end_of_turn=self.end_of_turn,
+            top_k=stage.top_k,
+            top_p=stage.top_p,
+        )
+        return Sampler(self.models, self.data, plan)
 
 
 class Sampler:
     """Responses to prompts under one sampling plan; for batches of any number of groups."""
 
-    def __init__(self, models: Models, data: DataConfig, samples: int, temperature: float, end_of_turn: int):
-        plan = SamplingPlan(samples=samples, response_tokens=data.max_response_tokens, temperature=temperature, end_of_turn=end_of_turn)
+    def __init__(self, models: Models, data: DataConfig, plan: SamplingPlan):
         self._models, self._prompt_tokens = models, data.max_prompt_tokens
         generate = make_generate(models.student, plan)
 

@@ -8,7 +8,7 @@ conversation would turn `<|im_end|>` in a content into the end of a turn.)
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any, cast
 
@@ -44,8 +44,8 @@ class Text:
         vocabulary_size: the largest id + 1. A model's embedding may have more rows.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, arguments: Mapping[str, Any] | None = None):
+        self._tokenizer, self._arguments = tokenizer, dict(arguments or {})
         self._template: Tokenizer = tokenizer.backend_tokenizer
         self.control = frozenset(self._template.get_added_tokens_decoder())
         self._content = _without_added_tokens(self._template)
@@ -58,8 +58,8 @@ class Text:
         self._check_exact()
 
     @classmethod
-    def load(cls, path: str) -> "Text":
-        """Reads the tokenizer of a Hugging Face folder or hub name; runs no code of its.
+    def load(cls, path: str, arguments: Mapping[str, Any] | None = None) -> "Text":
+        """Reads the tokenizer of a Hugging Face folder or hub name; runs no code of its. `arguments` are the chat template's.
 
         Raises:
             UserError: there is none, or it lacks a chat template or an end-of-turn token.
@@ -74,7 +74,7 @@ class Text:
             ) from error
         if not tokenizer.chat_template:
             raise UserError(WHERE, f"the tokenizer of {path} has no chat template", "take an instruct model or add chat_template.jinja")
-        return cls(tokenizer)
+        return cls(tokenizer, arguments)
 
     def prompt_ids(self, messages: Iterable[Message], max_tokens: int) -> tuple[int, ...]:
         """The ids of the rendered conversation, the assistant's header included: 1 to `max_tokens` of them.
@@ -111,7 +111,9 @@ class Text:
         """The rendered conversation in pieces: template text (None), or a content with the index of its message."""
         marked = [{**turn, "content": f"{EDGE}{self._nonce}:{index}:{EDGE}"} for index, turn in enumerate(turns)]
         try:
-            rendered = self._tokenizer.apply_chat_template(marked, chat_template=self._source, tokenize=False, add_generation_prompt=header)
+            rendered = self._tokenizer.apply_chat_template(
+                marked, chat_template=self._source, tokenize=False, add_generation_prompt=header, **self._arguments
+            )
         except jinja2.TemplateError as error:
             raise UserError(WHERE, f"its chat template refuses the messages ({error})", "leave such prompts out") from error
         head, *parts = re.split(f"({EDGE}?){self._nonce}:([0-9]+):({EDGE}?)", cast(str, rendered))

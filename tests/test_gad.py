@@ -3,6 +3,7 @@
 The optimizer is plain gradient descent at rate 1, so the change of the parameters is the gradient.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from gadjax.models.decoder import DecoderConfig, Network, discriminator, discrim
 from gadjax.types import Params, Role
 
 DIMS = DecoderConfig(vocabulary=13, width=16, layers=1, heads=4, kv_heads=2, head_width=4, feed_forward=24, init_std=0.3)
+DIMS_DEEP = replace(DIMS, layers=5)
 STUDENT = language_model(DIMS, jnp.dtype(jnp.float32))
 DISCRIMINATOR = discriminator(DIMS, jnp.dtype(jnp.float32))
 DESCENT = optax.sgd(1.0)
@@ -126,6 +128,52 @@ def test_the_students_loss_and_gradient_are_the_papers():
     assert_close(metrics["student/reward_mean"], scores[:, 1:].mean())
     assert_close(metrics["student/reward_std"], np.std(scores[:, 1:], axis=1, ddof=1).mean())
     assert metrics["student/clip_fraction"] == 0, "with one update per rollout the ratio is 1"
+
+
+def test_several_updates_per_rollout_clip_where_the_ratio_has_gone_far():
+    own = [[np.asarray(logp).tolist() for logp in group] for group in grouped(logps_alone(STUDENT_PARAMS, SAMPLES, TEMPERATURE))]
+    rows, scores = pack(PROMPTS, SAMPLES, ONE_ROW_EACH, own), jnp.array(np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32))
+    guidance = Guidance(STUDENT_PARAMS, scores)
+
+    def after(updates: int) -> tuple[Role, dict[str, Any]]:
+        step = gad.make_student_step(STUDENT, DESCENT, temperature=TEMPERATURE, kl_weight=0.0, updates=updates)
+        return jax.jit(step)(role(STUDENT_PARAMS), rows, guidance)
+
+    (one, first), (two, second) = after(1), after(2)
+    assert first["student/clip_fraction"] == 0 and second["student/clip_fraction"] > 0.1
+    assert first["rollout/logp_gap"] < 1e-5 and second["rollout/logp_gap"] < 1e-5, "the gap is the first update's"
+    # The second update's loss by hand: from the first one's parameters, against the sampler's log-probabilities.
+    old, new = (logps_alone(params, SAMPLES, TEMPERATURE) for params in (STUDENT_PARAMS, one.params))
+    total = 0.0
+    for index, (before, now) in enumerate(zip(old, new, strict=True)):
+        group = np.asarray(scores[index // 3, 1:])
+        advantage = (group[index % 3] - group.mean()) / (np.std(group, ddof=1) + 1e-6)
+        for ratio in np.exp(np.asarray(now - before)):
+            bounded = max(-ratio * advantage, -np.clip(ratio, 0.8, 1.2) * advantage)
+            total += min(bounded, -3 * advantage) if advantage < 0 else bounded
+    assert_close(second["student/loss"], total / sum(map(len, old)))
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (one.params, two.params)), strict=True))
+
+
+def grouped(values: list) -> list[list]:
+    """Three of each group."""
+    return [values[start : start + 3] for start in range(0, len(values), 3)]
+
+
+def test_rematerialised_gradients_are_the_same_and_keep_less():
+    again = language_model(DIMS_DEEP, jnp.dtype(jnp.float32), rematerialise=True)
+    plain = language_model(DIMS_DEEP, jnp.dtype(jnp.float32))
+    params = plain.init(jax.random.key(0))
+    rows = pack(PROMPTS, TEACHER, ONE_ROW_EACH)
+    results, kept = [], []
+    for network in (plain, again):
+        step = jax.jit(seqkd.make_student_step(network, DESCENT))
+        results.append(step(role(params), rows, Guidance(None, None))[0].params)
+        loss = seqkd.make_loss(network)
+        residuals = jax.eval_shape(lambda params, loss=loss: jax.vjp(lambda them: loss(them, rows), params)[1], params)
+        kept.append(sum(residual.size for residual in jax.tree.leaves(residuals)))
+    assert_close(*results)
+    assert kept[1] < 0.7 * kept[0]
 
 
 def test_seqkd_is_the_cross_entropy_of_the_teachers_tokens():

@@ -63,3 +63,11 @@ def test_the_state_has_one_shape_whatever_the_schedule() -> None:
         for config in (ScheduleConfig(), ScheduleConfig(shape="cosine", warmup_steps=2))
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_norms_and_biases_may_be_left_out_of_the_decay():
+    params = {"trunk": {"norm": jnp.ones(2), "blocks": {"query": jnp.ones((2, 2)), "query_bias": jnp.ones(2), "mlp_norm": jnp.ones(2)}}}
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, decay="matrices"), optax.constant_schedule(0.1))
+    after, _ = update(optimizer, Role(params, optimizer.init(params)), jax.tree.map(jnp.zeros_like, params))
+    decayed = jax.tree.map(lambda leaf: float(leaf.ravel()[0]), after.params)
+    assert decayed == {"trunk": {"norm": 1.0, "blocks": {"query": pytest.approx(0.95), "query_bias": 1.0, "mlp_norm": 1.0}}}

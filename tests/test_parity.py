@@ -34,6 +34,7 @@ from gadjax.models.checkpoint import load, read_config, save, tokenizer_files
 from gadjax.models.decoder import DecoderConfig, discriminator, discriminator_params, language_model
 from gadjax.models.fresh import FreshConfig, write_fresh
 from gadjax.optimizer import OptimizerConfig, make_optimizer
+from gadjax.rollout.engine import SamplingPlan
 from gadjax.sharding import MeshConfig, make_mesh
 from gadjax.steps import Models, Sampler
 from gadjax.text import Text
@@ -225,7 +226,8 @@ def assert_same_answers(torch: Any, folder: Path) -> None:
     data = DataConfig(max_prompt_tokens=max(map(len, prompts)), max_response_tokens=NEW_TOKENS)
 
     def answers(end: int) -> list[list[int]]:
-        rollout = Sampler(models, data, 1, 0.0, end)(params, prompts, jax.random.key(0), 0)
+        plan = SamplingPlan(samples=1, response_tokens=NEW_TOKENS, temperature=0.0, end_of_turn=end)
+        rollout = Sampler(models, data, plan)(params, prompts, jax.random.key(0), 0)
         return [tokens[:length].tolist() for tokens, length in zip(rollout.tokens_BNR[:, 0], rollout.lengths_BN[:, 0], strict=True)]
 
     def theirs(end: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from gadjax.config import DataConfig
 from gadjax.data.packing import RowShape, pack
 from gadjax.models.decoder import DecoderConfig, discriminator, language_model
 from gadjax.optimizer import OptimizerConfig, make_optimizer
-from gadjax.rollout.sampling import integer_probabilities, sample, stream_keys
+from gadjax.rollout.engine import SamplingPlan
+from gadjax.rollout.sampling import integer_probabilities, restrict, sample, stream_keys
 from gadjax.sharding import MeshConfig, make_mesh
 from gadjax.steps import Models, Sampler, responses_of
 from gadjax.types import Cells, Params, Rollout
@@ -38,9 +40,7 @@ def strict() -> Iterator[None]:
 
 def models(mesh: MeshConfig, devices: int) -> Models:
     made = make_mesh(mesh, jax.devices()[:devices])
-    return Models(
-        made, language_model(DIMS, F32), discriminator(DIMS, F32), make_optimizer(OptimizerConfig(), optax.constant_schedule(1.0))
-    )
+    return Models(made, language_model(DIMS, F32), discriminator(DIMS, F32), OPTIMIZER)
 
 
 @cache
@@ -61,9 +61,13 @@ def params() -> Params:
     return jax.tree.map(draw, network.shapes, network.axes)
 
 
+def plan(temperature: float, **others: Any) -> SamplingPlan:
+    return SamplingPlan(samples=N if temperature else 1, response_tokens=R, temperature=temperature, end_of_turn=END, **others)
+
+
 @cache
 def sampler(temperature: float) -> Sampler:
-    return Sampler(one_device(), DATA, N if temperature else 1, temperature, END)
+    return Sampler(one_device(), DATA, plan(temperature))
 
 
 @cache
@@ -90,11 +94,15 @@ def assert_same(left: Rollout, right: Rollout, groups: Sequence[int] | slice) ->
     np.testing.assert_allclose(left.logps_BNR[groups], right.logps_BNR[groups], rtol=0, atol=1e-5)
 
 
-def test_log_probabilities_are_those_that_training_computes():
-    cells, chosen = rows(sampled())
+def assert_logps_are_those_of_training(rollout: Rollout) -> None:
+    cells, chosen = rows(rollout)
     assert np.sum(chosen) > 50 and np.all(np.asarray(cells.logps_ML)[chosen] < -1e-3)
     found, _ = jax.jit(lambda params, cells: response_log_probs(one_device().student, params, cells, T))(params(), cells)
     np.testing.assert_allclose(found, cells.logps_ML, rtol=0, atol=1e-5)
+
+
+def test_log_probabilities_are_those_that_training_computes():
+    assert_logps_are_those_of_training(sampled())
 
 
 def test_greedy_decoding_takes_the_likeliest_token_of_the_full_forward():
@@ -143,7 +151,7 @@ def test_eight_devices_give_the_samples_of_one():
     placed = eight.place_params(eight.student, params())
     assert len(placed["trunk"]["blocks"]["query"].sharding.device_set) == 8
     assert placed["trunk"]["blocks"]["query"].addressable_shards[0].data.size == params()["trunk"]["blocks"]["query"].size // 4
-    on_eight = Sampler(eight, DATA, N, T, END)
+    on_eight = Sampler(eight, DATA, plan(T))
     assert_same(on_eight(placed, PROMPTS, KEY, 0), sampled(), slice(None))
     three = on_eight(placed, PROMPTS[:3], KEY, 0)  # no multiple of the mesh
     assert_same(three, jax.tree.map(lambda array: array[:3], sampled()), slice(None))
@@ -172,6 +180,36 @@ def test_tokens_are_drawn_from_softmax_at_the_temperature():
     assert chi_square(second, probabilities) < 3
     assert chi_square(first * vocabulary + second, np.outer(probabilities, probabilities)) < 1.8
     assert chi_square(first, np.exp(logits) / np.sum(np.exp(logits))) > 30, "another temperature is not told apart"
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (None, 1.0, [50, 5, 20, 15, 0, 10]),
+        (2, 1.0, [50, 0, 20, 0, 0, 0]),
+        (1, 1.0, [50, 0, 0, 0, 0, 0]),
+        (9, 1.0, [50, 5, 20, 15, 0, 10]),
+        (None, 0.5, [50, 0, 0, 0, 0, 0]),
+        (None, 0.51, [50, 0, 20, 0, 0, 0]),
+        (None, 0.85, [50, 0, 20, 15, 0, 0]),
+        (None, 0.86, [50, 0, 20, 15, 0, 10]),
+        (None, 1e-9, [50, 0, 0, 0, 0, 0]),
+        (3, 0.6, [50, 0, 20, 0, 0, 0]),  # 51 of the 85 that top-k leaves
+        (3, 0.59, [50, 0, 20, 0, 0, 0]),
+        (3, 0.58, [50, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_top_k_and_top_p_keep_the_likeliest(top_k: int | None, top_p: float, kept: list[int]):
+    weights = jnp.array([[50, 5, 20, 15, 0, 10]], jnp.int32)
+    np.testing.assert_array_equal(restrict(weights, top_k, top_p)[0], kept)
+
+
+def test_what_is_left_out_is_never_drawn_and_log_probabilities_are_of_the_whole_vocabulary():
+    restricted = Sampler(one_device(), DATA, plan(T, top_k=2))(params(), PROMPTS, KEY, 0)
+    assert not np.array_equal(restricted.tokens_BNR, sampled().tokens_BNR)
+    assert_logps_are_those_of_training(restricted)
+    narrow = Sampler(one_device(), DATA, plan(T, top_p=1e-6))(params(), PROMPTS, KEY, 0)
+    np.testing.assert_array_equal(narrow.tokens_BNR, np.broadcast_to(greedy().tokens_BNR, narrow.tokens_BNR.shape))
 
 
 @pytest.mark.parametrize("scale", [0.0, 6.0, 100.0])

@@ -207,3 +207,12 @@ def test_load_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no tokenizer"):
         Text.load(str(tmp_path))
+
+
+def test_the_template_s_arguments_are_given_to_it() -> None:
+    template = CHATML + "{% if thinking is defined and not thinking %}quiet{% endif %}"
+    tokenizer = wrapped(byte_level(CHATML_CONTROLS), template, eos_token="<|endoftext|>")
+    talk = [{"role": "user", "content": "hello"}]
+    plain, quiet = (Text(tokenizer, arguments) for arguments in (None, {"thinking": False}))
+    shown = quiet._template.decode(list(quiet.prompt_ids(talk, 100)), skip_special_tokens=False)
+    assert shown == plain._template.decode(list(plain.prompt_ids(talk, 100)), skip_special_tokens=False) + "quiet"

@@ -11,7 +11,7 @@ response y and N student responses ŷ_i, sampled at temperature T:
     L_G       = - token-mean[ min(ρ A, clip(ρ, 1 - 0.2, 1 + 0.2) A) ] + β · token-mean[ k3(logp_ref - logp) ]
 
 Where it departs from textbook GRPO: the token mean is over all response tokens of the global batch (no division by each
-response's length); the clip is dual (c = 3 where A < 0); there is one update per rollout, so logp_old = stop_gradient(logp).
+response's length); the clip is dual (c = 3 where A < 0); with one update per rollout logp_old = stop_gradient(logp).
 Identical responses of a group get one common score before the advantage, or rounding would become advantages.
 
 Letters: B groups, J = 1 + N responses of a group with the teacher's first, N student responses, M rows, L tokens of a row.
@@ -40,12 +40,14 @@ class GadConfig(SamplingStageConfig):
     Attributes:
         group_size: N; at least 2, because an advantage compares responses of one group.
         kl_weight: β.
+        updates_per_rollout: optimizer updates on one batch of samples; with more than one, logp_old is the sampler's.
     """
 
     algorithm: str = "gad"
     epochs: int = Field(default=2, ge=1)
     group_size: int = Field(default=8, ge=2)
     kl_weight: float = Field(default=0.001, ge=0)
+    updates_per_rollout: int = Field(default=1, ge=1)
 
 
 def common_scores(scores_BJ: jax.Array, first_BJ: jax.Array) -> jax.Array:
@@ -114,8 +116,13 @@ def reward_metrics(rewards_BN: jax.Array) -> Metrics:
     }
 
 
-def make_student_step(network: Network, optimizer: optax.GradientTransformation, *, temperature: float, kl_weight: float) -> StudentStep:
-    """Builds `step(student, rows, guidance) -> (student, metrics)`; the rows hold prompt + N students per group."""
+def make_student_step(
+    network: Network, optimizer: optax.GradientTransformation, *, temperature: float, kl_weight: float, updates: int = 1
+) -> StudentStep:
+    """Builds `step(student, rows, guidance) -> (student, metrics)`; the rows hold prompt + N students per group.
+
+    With several `updates` the metrics are those of the last one, but the gap to the sampler is that of the first.
+    """
 
     def share(values_ML: jax.Array, micro: MicroBatch) -> jax.Array:
         return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.total
@@ -130,8 +137,9 @@ def make_student_step(network: Network, optimizer: optax.GradientTransformation,
             cells = micro.cells
             logp_ML, entropy_ML = response_log_probs(network, params, cells, temperature)
             logp_ref_ML, _ = response_log_probs(network, reference, cells, temperature)
+            logp_old_ML = jax.lax.stop_gradient(logp_ML) if updates == 1 else cells.logps_ML
             advantage_ML = advantages_BN[cells.groups_ML, jnp.maximum(cells.responses_ML, 0)]
-            surrogate_ML, clipped_ML = losses.clipped_surrogate(logp_ML - jax.lax.stop_gradient(logp_ML), advantage_ML)
+            surrogate_ML, clipped_ML = losses.clipped_surrogate(logp_ML - logp_old_ML, advantage_ML)
             kl_ML = losses.k3(logp_ref_ML, logp_ML)
             sums = {
                 "student/loss": share(surrogate_ML + kl_weight * kl_ML, micro),
@@ -142,9 +150,14 @@ def make_student_step(network: Network, optimizer: optax.GradientTransformation,
             }
             return sums["student/loss"], sums
 
-        grads, metrics = accumulate(loss, role.params, rows)
-        role, grad_norm = update(optimizer, role, grads)
-        return role, metrics | reward_metrics(rewards_BN) | {"student/grad_norm": grad_norm}
+        gaps: list[jax.Array] = []
+        metrics: Metrics = {}
+        for _ in range(updates):
+            grads, metrics = accumulate(loss, role.params, rows)
+            role, grad_norm = update(optimizer, role, grads)
+            gaps.append(metrics["rollout/logp_gap"])
+            metrics = metrics | {"student/grad_norm": grad_norm, "rollout/logp_gap": gaps[0]}
+        return role, metrics | reward_metrics(rewards_BN)
 
     return step
 

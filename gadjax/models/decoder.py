@@ -192,8 +192,8 @@ def _biased(x: jax.Array, bias: nnx.Param[jax.Array] | None) -> jax.Array:
 class Trunk(nnx.Module):
     """Embedding, blocks and final norm: tokens to hidden states."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool, rngs: nnx.Rngs):
+        self.config, self.dtype, self.rematerialise = config, dtype, rematerialise
         self.embedding = _weight(rngs, config.init_std, vocabulary=config.vocabulary, embed=config.width)
         self.blocks = Block(config, rngs)
         self.norm = _ones(norm=config.width)
@@ -218,6 +218,8 @@ class Trunk(nnx.Module):
             weights, memory = weights_and_memory
             return nnx.merge(structure, weights)(x, angles, attend, memory)
 
+        if self.rematerialise:
+            layer = jax.checkpoint(layer)
         x, memory = jax.lax.scan(layer, x, (layers, memory), unroll=self.config.layers <= UNROLLED_LAYERS)
         return rms_norm(x, self.norm[...], self.config.norm_epsilon), memory
 
@@ -225,8 +227,8 @@ class Trunk(nnx.Module):
 class LanguageModel(nnx.Module):
     """The student: a trunk and the projection to the vocabulary."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.trunk = Trunk(config, dtype, rngs)
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool, rngs: nnx.Rngs):
+        self.trunk = Trunk(config, dtype, rematerialise, rngs)
         if not config.tied:
             self.unembedding = _weight(rngs, config.init_std, vocabulary=config.vocabulary, embed=config.width)
 
@@ -241,8 +243,8 @@ class LanguageModel(nnx.Module):
 class Discriminator(nnx.Module):
     """D(x, y) = w · h(x ⊕ y): a trunk and a scalar head without bias, which would cancel (the paper's section 2)."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.trunk = Trunk(config, dtype, rngs)
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool, rngs: nnx.Rngs):
+        self.trunk = Trunk(config, dtype, rematerialise, rngs)
         self.head = _weight(rngs, 0.02, norm=config.width)
 
     def scores(self, hidden: jax.Array) -> jax.Array:
@@ -282,14 +284,14 @@ class Network:
         return nnx.merge(self.structure, params)
 
 
-def language_model(config: DecoderConfig, dtype: jnp.dtype) -> Network:
-    """The student's network."""
-    return Network.of(lambda rngs: LanguageModel(config, dtype, rngs))
+def language_model(config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool = False) -> Network:
+    """The student's network, computing in `dtype`. `rematerialise`: gradients keep no more than each layer's input."""
+    return Network.of(lambda rngs: LanguageModel(config, dtype, rematerialise, rngs))
 
 
-def discriminator(config: DecoderConfig, dtype: jnp.dtype) -> Network:
-    """The discriminator's network."""
-    return Network.of(lambda rngs: Discriminator(config, dtype, rngs))
+def discriminator(config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool = False) -> Network:
+    """The discriminator's network; as `language_model`."""
+    return Network.of(lambda rngs: Discriminator(config, dtype, rematerialise, rngs))
 
 
 def discriminator_params(network: Network, student: Params, key: jax.Array) -> Params:

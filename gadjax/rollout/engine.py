@@ -29,12 +29,16 @@ class SamplingPlan:
         response_tokens: R.
         temperature: T; 0 is greedy.
         end_of_turn: the id that ends a response.
+        top_k: the likeliest tokens that are drawn from; None: all.
+        top_p: the share of the mass that is drawn from.
     """
 
     samples: int
     response_tokens: int
     temperature: float
     end_of_turn: int
+    top_k: int | None = None
+    top_p: float = 1.0
 
 
 class _Decoding(NamedTuple):
@@ -66,7 +70,7 @@ def make_generate(network: Network, plan: SamplingPlan) -> Generate:
         keys_BN = stream_keys(key, groups, plan.samples)
 
         def write(state: _Decoding, logits_BNV: jax.Array) -> _Decoding:
-            token_BN, logp_BN = sample(logits_BNV, keys_BN, state.position, plan.temperature)
+            token_BN, logp_BN = sample(logits_BNV, keys_BN, state.position, plan.temperature, plan.top_k, plan.top_p)
             running_BN = ~state.ended_BN
             return state._replace(
                 position=state.position + 1,
