@@ -88,7 +88,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(config: Config, overrides: Overrides = None) -> None:
-    """Compare student, stages and teacher on the validation prompts.
+    """Compare the untouched student and the stages on the validation prompts.
 
     Example: gadjax evaluate configs/quickstart.yaml
     """

@@ -42,14 +42,15 @@ class ScheduleConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     floor: float = Field(default=0.0, ge=0, le=1)
 
-    def of(self, rate: float, steps: int) -> optax.Schedule:
-        """The learning rate by step of a stage of `steps` steps; `rate` is its height."""
+    def of(self, rate: float, steps: int, updates: int = 1) -> optax.Schedule:
+        """The learning rate by update in a stage of `steps` steps of so many updates; `rate` is its height."""
         rise = optax.linear_schedule(rate / (self.warmup_steps + 1), rate, self.warmup_steps)
         if self.shape == "constant":
             rest = optax.constant_schedule(rate)
         else:
             rest = optax.cosine_decay_schedule(rate, max(1, steps - self.warmup_steps), self.floor)
-        return optax.join_schedules([rise, rest], [self.warmup_steps]) if self.warmup_steps else rest
+        by_step = optax.join_schedules([rise, rest], [self.warmup_steps]) if self.warmup_steps else rest
+        return lambda count: by_step(jnp.floor_divide(count, updates))
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

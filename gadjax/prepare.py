@@ -1,6 +1,7 @@
 """From a config to frozen data: the teacher's answers collected, the student's folder found or made, token groups frozen."""
 
 import hashlib
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from gadjax.records import Answer, Prompt, TokenGroup
 from gadjax.runs import Run
 from gadjax.session import read_student
 from gadjax.sharding import make_mesh
+from gadjax.teachers import grammar
 from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.collect import answers, collect
+from gadjax.teachers.file import read_pairs
 from gadjax.teachers.openai import api_key, price_of
 from gadjax.terminal import say, track
 from gadjax.text import PromptTooLong, Text
@@ -34,9 +37,15 @@ def check_teacher(run: Run) -> None:
     teacher = run.config.teacher
     if not all(run.prompts):
         raise UserError("prompts", "there are none to train on, or none held out", "give more prompts")
-    if teacher.backend == "openai" and not run.cache.exists():
-        api_key(teacher)
-        price_of(teacher)
+    match teacher.backend:
+        case "openai" if not run.cache.exists():
+            api_key(teacher)
+            price_of(teacher)
+        case "file" if not run.cache.exists():
+            next(read_pairs(str(teacher.path)), None)
+        case "tutor":
+            for prompt in itertools.chain(*run.prompts):
+                grammar.check(prompt.messages[-1]["content"])
 
 
 def check_student(run: Run) -> None:

@@ -40,7 +40,7 @@ def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 if line.strip():
                     yield f"{path}, line {number}", _json_row(line, f"{path}, line {number}")
     except UnicodeDecodeError as error:
-        raise UserError(path, f"is not UTF-8 after line {number}", "write it in UTF-8") from error
+        raise UserError(path, f"is not UTF-8 in line {number + 1}", "write it in UTF-8") from error
     except OSError as error:
         raise UserError(path, f"cannot be read after line {number} ({error})", "check that the file is whole") from error
 

@@ -56,7 +56,7 @@ class MeshConfig(Section):
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config over `devices` (all of them by default). A mesh that they do not fill is a UserError."""
     devices = jax.devices() if devices is None else devices
-    fsdp = len(devices) // (config.data * config.tensor) if config.fsdp == -1 else config.fsdp
+    fsdp = max(1, len(devices) // (config.data * config.tensor)) if config.fsdp == -1 else config.fsdp
     sizes = (config.data, fsdp, config.tensor)
     if config.data * fsdp * config.tensor != len(devices):
         taken = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))

@@ -162,8 +162,8 @@ class Programs:
         """The programs of stage `name`, which has so many steps."""
         stage = config.stages[name]
 
-        def optimizer_at(rate: float) -> optax.GradientTransformation:
-            return make_optimizer(config.optimizer, stage.schedule.of(rate, steps))
+        def optimizer_at(rate: float, updates: int = 1) -> optax.GradientTransformation:
+            return make_optimizer(config.optimizer, stage.schedule.of(rate, steps, updates))
 
         algorithm = ALGORITHMS[stage.algorithm].build(stage, optimizer_at, models.student, models.discriminator)
         return cls(models, algorithm, stage, config.data, end_of_turn)
@@ -179,11 +179,13 @@ class Programs:
 
     @cached_property
     def student_step(self) -> Callable[..., Any]:
+        """(student, rows, guidance) -> (student, metrics); the student is donated."""
         role = shardings_of(self.models.abstract_role(self.models.student))
         return self.models.jit(self.algorithm.student, donate_argnums=0, out_shardings=(role, replicated(self.models.mesh)))
 
     @cached_property
     def discriminator_step(self) -> Callable[..., Any]:
+        """(discriminator, rows) -> (discriminator, scores_BJ, metrics); the discriminator is donated."""
         assert self.algorithm.discriminator is not None
         everywhere = replicated(self.models.mesh)
         role = shardings_of(self.models.abstract_role(self.models.discriminator))
@@ -191,14 +193,17 @@ class Programs:
 
     @cached_property
     def score(self) -> Callable[[Params, PackedRows], jax.Array]:
+        """(discriminator's parameters, rows) -> scores_BJ."""
         return self.models.jit(gad.make_score(self.models.discriminator), out_shardings=replicated(self.models.mesh))
 
     @cached_property
     def teacher_loss(self) -> Callable[[Params, PackedRows], jax.Array]:
+        """(student's parameters, rows) -> cross entropy in nats a token."""
         return self.models.jit(seqkd.make_loss(self.models.student), out_shardings=replicated(self.models.mesh))
 
     @cached_property
     def sampler(self) -> "Sampler":
+        """The stage's rollouts."""
         assert isinstance(self.stage, SamplingStageConfig)
         stage = self.stage
         plan = SamplingPlan(

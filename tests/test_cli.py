@@ -3,7 +3,6 @@
 import pkgutil
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -41,12 +40,9 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_help_answers_at_once_and_without_jax():
+def test_help_does_not_wait_for_jax():
     program = "import sys, atexit; from gadjax.cli import main; atexit.register(lambda: print('jax' in sys.modules)); main(['--help'])"
-    subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)  # the first one may compile Python's bytecode
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 1
     assert done.stdout.splitlines()[-1] == "False"
     for name in cli.COMMANDS:
         assert f"\n  {name} " in done.stdout

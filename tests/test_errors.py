@@ -117,6 +117,8 @@ def test_a_process_of_its_own_says_nothing_else():
         (["teacher={backend: file, path: broken.jsonl}", "prompts.train="], "broken.jsonl, line 1: has none of prompt/response"),
         (["teacher.backend=openai", "teacher.api_key_env=UNSET"], "teacher.api_key_env: the environment variable UNSET is not set; "),
         (["teacher.backend=openai", "teacher.api_key_env=TEST_KEY"], "teacher.price: the price of tutor is not known, "),
+        (["prompts.train=strange.jsonl"], "prompts: the tutor does not understand 'hello there'; write it like 'Ana asks Ben"),
+        (["teacher={backend: file, path: missing.jsonl}"], "teacher.path: there is no file missing.jsonl; correct the path"),
         (["mesh.data=3"], "mesh: data 3 x fsdp 2 x tensor 1 does not make 8 devices; choose sizes "),
         (["student={random: null, path: nowhere/student}"], "student.path: nowhere/student is neither a folder nor a model"),
         (["student={random: null, path: .}"], "config.json: cannot be read ("),
@@ -127,6 +129,7 @@ def test_what_is_wrong_is_told_before_anything_is_made(told: Told, overrides: li
     Path("broken.jsonl").write_text('{"prompt": "one"}\n\n{"prompt": "two"\n')
     Path("prompts.txt").write_text("one\n")
     Path("empty.jsonl").touch()
+    Path("strange.jsonl").write_text('{"prompt": "hello there"}\n')
     assert told("run", "tiny.yaml", FOLDER, *overrides).startswith(message)
     assert made() == set()
 

@@ -155,6 +155,22 @@ def test_several_updates_per_rollout_clip_where_the_ratio_has_gone_far():
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (one.params, two.params)), strict=True))
 
 
+def test_a_stage_makes_the_updates_that_it_says_and_its_schedule_counts_steps():
+    rows = pack(PROMPTS, SAMPLES, ONE_ROW_EACH)
+    guidance = Guidance(REFERENCE, jnp.array(np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)))
+    asked: list[tuple[float, int]] = []
+
+    def optimizer_at(rate: float, updates: int = 1) -> optax.GradientTransformation:
+        asked.append((rate, updates))
+        return optax.adam(rate)
+
+    config = gad.GadConfig.model_validate({"updates_per_rollout": 3, "learning_rate": 0.25, "discriminator": {"learning_rate": 0.5}})
+    algorithm = gad.build(config, optimizer_at, STUDENT, DISCRIMINATOR)
+    assert asked == [(0.25, 3), (0.5, 1)]
+    after, _ = jax.jit(algorithm.student)(Role(STUDENT_PARAMS, optax.adam(1.0).init(STUDENT_PARAMS)), rows, guidance)
+    assert after.optimizer[0].count == 3
+
+
 def grouped(values: list) -> list[list]:
     """Three of each group."""
     return [values[start : start + 3] for start in range(0, len(values), 3)]

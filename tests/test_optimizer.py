@@ -47,6 +47,11 @@ def test_schedules(config: ScheduleConfig, heights: list[float]) -> None:
     np.testing.assert_allclose([np.asarray(rate(step)) for step in range(5)], 0.5 * np.array(heights), atol=1e-6)
 
 
+def test_a_schedule_counts_steps_whatever_the_updates_in_them():
+    rate = ScheduleConfig(shape="cosine").of(1.0, steps=4, updates=2)
+    np.testing.assert_allclose([np.asarray(rate(count)) for count in range(6)], [1.0, 1.0, 0.853553, 0.853553, 0.5, 0.5], atol=1e-6)
+
+
 def test_a_new_stage_keeps_the_moments_and_restarts_the_schedule() -> None:
     cosine = ScheduleConfig(shape="cosine").of(0.01, steps=3)
     role, moved = trained(cosine, 3)

@@ -165,7 +165,13 @@ def make_student_step(
 def build(config: GadConfig, optimizer_at: OptimizerAt, student: Network, discriminator: Network) -> Algorithm:
     """The algorithm of a `gad` stage."""
     return Algorithm(
-        student=make_student_step(student, optimizer_at(config.learning_rate), temperature=config.temperature, kl_weight=config.kl_weight),
+        student=make_student_step(
+            student,
+            optimizer_at(config.learning_rate, config.updates_per_rollout),
+            temperature=config.temperature,
+            kl_weight=config.kl_weight,
+            updates=config.updates_per_rollout,
+        ),
         discriminator=make_discriminator_step(
             discriminator, optimizer_at(config.discriminator.learning_rate), train=config.discriminator.train
         ),

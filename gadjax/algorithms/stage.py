@@ -6,7 +6,7 @@ Algorithm`. The loop knows no more.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import optax
@@ -90,7 +90,14 @@ class Guidance(NamedTuple):
     scores_BJ: jax.Array | None
 
 
-OptimizerAt = Callable[[float], optax.GradientTransformation]  # a learning rate's height -> the optimizer
+class OptimizerAt(Protocol):
+    """Makes the optimizer of a stage: `rate` is its learning rate's height, `updates` how often a step updates with it."""
+
+    def __call__(self, rate: float, updates: int = 1) -> optax.GradientTransformation:
+        """The optimizer."""
+        ...
+
+
 DiscriminatorStep = Callable[[Role, PackedRows], tuple[Role, jax.Array, Metrics]]
 StudentStep = Callable[[Role, PackedRows, Guidance], tuple[Role, Metrics]]
 

@@ -132,7 +132,11 @@ def freeze(folder: Path, splits: Mapping[str, Iterable[Example]], fingerprint: M
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)  # what an interrupted freeze left
     beside.mkdir(parents=True)
-    digest = _write(beside, splits)
+    try:
+        digest = _write(beside, splits)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     paths = sorted(beside.iterdir())
     for path in paths:
         flush(path)

@@ -1,4 +1,4 @@
-"""All metrics of one stage from its answers: the validation names of `metrics.jsonl`, without their prefix."""
+"""All metrics of one stage from its answers, by the names that `summary.json` has."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -20,7 +20,8 @@ def reverse_kl(samples: Samples, vocabulary: int) -> np.ndarray:
         log q(y|x) - log( (1-ε) p(y|x) + ε V^-len(y) )
 
     p is the grammar's exact probability, 0 for what it cannot say and for what was cut off; V the vocabulary's size; the
-    length counts tokens with the end of turn. Without the smoothing one impossible answer would make it infinite.
+    length counts tokens with the end of turn. Without the smoothing one impossible answer would make it infinite; with it uniform
+    text costs no more than log(1/ε), so that stages compare only where they answer at all.
 
     Returns:
         f64[n], in nats.

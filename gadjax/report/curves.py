@@ -68,13 +68,12 @@ MEANINGS = {
     "overlap_4": "F1 of four words in a row",
     "distinct_2": "different word pairs over all word pairs",
     "length_mean": "tokens per answer",
-    "win_rate": "share of answers that the judge prefers to the teacher's",
     "discriminator_accuracy": "share of pairs, on held-out prompts",
     "margin": "teacher's minus student's score, on held-out prompts",
     "validity": "share of answers in one of the tutor's forms, T = 0.8",
     "greedy_validity": "the same, greedy",
     "correctness": "share of answers with the right items, T = 0.8",
-    "reverse_kl": "from the tutor, nats per answer; lower is nearer",
+    "reverse_kl": "from the tutor, nats per answer; uniform text scores low, too",
 }
 
 

@@ -293,6 +293,11 @@ def prompts(count: int, seed: int) -> list[str]:
     return list(found)
 
 
+def check(prompt: str) -> None:
+    """Raises `UserError` where the tutor does not understand the prompt."""
+    _read(prompt)
+
+
 def sample(prompt: str, rng: random.Random) -> str:
     """The tutor's answer. Raises `UserError` where it does not understand the prompt."""
     request = _read(prompt)

@@ -38,4 +38,4 @@ def collect_from_tutor(requests: Sequence[Request], config: TeacherConfig, cache
     with Server(complete, model="tutor") as server:
         concurrency = min(config.concurrency, CONCURRENCY)
         endpoint = config.model_copy(update={"backend": "openai", "base_url": server.address, "price": FREE, "concurrency": concurrency})
-        collect_from_endpoint(requests, endpoint, cache, on_progress, key="tutor")
+        collect_from_endpoint(requests, endpoint, cache, on_progress, key="no-key-is-needed")
