@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -49,13 +50,22 @@ def check_teacher(run: Run) -> None:
 
 
 def check_student(run: Run) -> None:
-    """Tells what is wrong with the student and the mesh. A student of the hub is fetched for that."""
+    """Tells what is wrong with the student, the mesh and the room for prompts. A student of the hub is fetched for that."""
     make_mesh(run.config.mesh)
     check_origins(run.config)
     if run.config.student.path is not None:
         folder = given_student(run.config.student.path)
-        _, family, dims = read_student(folder, run.config.student)
+        text, family, dims = read_student(folder, run.config.student)
         open_weights(folder, family, language_model(dims, jnp.dtype(jnp.float32)).shapes)
+        if not any(_has_place(text, prompt, run.config.data.max_prompt_tokens) for prompt in itertools.chain(*run.prompts)):
+            raise PromptTooLong
+
+
+def _has_place(text: Text, prompt: Prompt, max_tokens: int) -> bool:
+    try:
+        return bool(text.prompt_ids(prompt.messages, max_tokens))
+    except PromptTooLong:
+        return False
 
 
 def collect_answers(run: Run) -> None:
@@ -86,13 +96,28 @@ def prepare_data(run: Run) -> Path:
         if run.begun():
             say(f"prepare: other answers or another tokenizer than in {run.data}; the stages go on with the data that they began with")
             return folder
-    text, left_out = Text.load(str(folder), config.student.template), set[str]()
-    freeze(run.data, {split: _examples(text, config, prompts, found, left_out) for split, found in answered.items()}, fingerprint)
-    if left_out:
-        say(f"prepare: {len(left_out)} prompts are left out: too long for data.max_prompt_tokens even without their last text")
-    groups = {split: sum(answer.prompt_id not in left_out for answer in found) for split, found in answered.items()}
+    text, fitting = Text.load(str(folder), config.student.template), _Fitting(config.data.max_prompt_tokens)
+    freeze(run.data, {split: _examples(text, config, prompts, found, fitting) for split, found in answered.items()}, fingerprint)
+    fitting.tell()
+    groups = {split: sum(answer.prompt_id not in fitting.left_out for answer in found) for split, found in answered.items()}
     say(f"prepare: {groups['train']} groups to train on, {groups['validation']} held out")
     return folder
+
+
+@dataclass
+class _Fitting:
+    """The prompts that are longer than `max_tokens`: ids of those that were cut, and of those left out."""
+
+    max_tokens: int
+    cut: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
+
+    def tell(self) -> None:
+        """Says how many there are."""
+        if self.cut:
+            say(f"prepare: {len(self.cut)} prompts lose the end of their last text (data.max_prompt_tokens is {self.max_tokens})")
+        if self.left_out:
+            say(f"prepare: {len(self.left_out)} prompts are left out: too long for data.max_prompt_tokens even without their last text")
 
 
 def _answers(run: Run) -> dict[str, list[Answer]]:
@@ -130,18 +155,20 @@ def given_student(path: str) -> Path:
         raise UserError("student.path", f"{path} {what} ({type(error).__name__})", "name a Hugging Face folder or hub model") from error
 
 
-def _examples(text: Text, config: Config, prompts: dict[str, Prompt], found: Sequence[Answer], left_out: set[str]) -> Iterator[Example]:
-    """The answers as examples. Prompts that are too long go into `left_out`; where all are, that is an error."""
+def _examples(text: Text, config: Config, prompts: dict[str, Prompt], found: Sequence[Answer], fitting: _Fitting) -> Iterator[Example]:
+    """The answers as examples; those to prompts that cannot be shortened enough are left out."""
     for answer in found:
         prompt = prompts[answer.prompt_id]
         try:
-            ids = text.prompt_ids(prompt.messages, config.data.max_prompt_tokens)
+            ids, cut = text.fitted_prompt(prompt.messages, fitting.max_tokens)
         except PromptTooLong:
-            left_out.add(prompt.id)
+            fitting.left_out.add(prompt.id)
             continue
+        if cut:
+            fitting.cut.add(prompt.id)
         response = text.response_ids(answer.text, config.data.max_response_tokens, answer.truncated)
         yield Example(prompt, answer, TokenGroup(prompt.id, ids, response))
-    if all(answer.prompt_id in left_out for answer in found):
+    if all(answer.prompt_id in fitting.left_out for answer in found):
         raise PromptTooLong
 
 

@@ -1,12 +1,14 @@
 """What training, evaluation and export need of a run whose data is ready: text, data, models and where stages come from."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from gadjax.algorithms.stage import SamplingStageConfig
+from gadjax.answering import Answerer
 from gadjax.checkpointing import Checkpoints
 from gadjax.config import UNTOUCHED, StudentConfig, is_elsewhere
 from gadjax.data.pipeline import steps
@@ -70,6 +72,16 @@ class Session:
     def key(self) -> jax.Array:
         """The run's random key, on every device."""
         return jax.random.key(self.run.config.run.seed)
+
+    @cached_property
+    def answerer(self) -> Answerer:
+        """What answers held-out prompts."""
+        return Answerer(self.run.config, self.models, self.text)
+
+    @property
+    def tutored(self) -> int | None:
+        """With the tutor as the teacher, which can be asked for probabilities, the size of the vocabulary; else None."""
+        return self.dims.vocabulary if self.run.config.teacher.backend == "tutor" else None
 
     def untouched(self) -> Params:
         """The student's parameters as they came."""

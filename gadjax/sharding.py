@@ -64,9 +64,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices))
 
 
-def row_multiple(mesh: Mesh) -> int:
+def row_multiple(mesh: Mesh | AbstractMesh) -> int:
     """What the number of rows, and of groups, must be a multiple of."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def row_shards() -> int:
+    """Over how many devices of the mesh in scope (`jax.set_mesh`) rows are divided; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else row_multiple(mesh)
 
 
 def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:

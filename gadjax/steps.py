@@ -26,6 +26,7 @@ from gadjax.errors import UserError
 from gadjax.models.checkpoint import load
 from gadjax.models.decoder import DecoderConfig, Network, discriminator, language_model
 from gadjax.models.hugging_face import Family
+from gadjax.models.row_attention import automatic
 from gadjax.optimizer import make_optimizer
 from gadjax.rollout.engine import SamplingPlan, make_generate
 from gadjax.sharding import make_mesh, named_sharding, replicated, row_multiple
@@ -69,9 +70,10 @@ class Models:
     @classmethod
     def of(cls, config: Config, dims: DecoderConfig) -> "Models":
         """The models of a config for a student of these dimensions."""
-        dtype, again = jnp.dtype(config.student.compute_dtype), config.student.rematerialise
+        how = (jnp.dtype(config.student.compute_dtype), config.student.rematerialise)
+        attend = automatic(config.data.max_prompt_tokens, config.data.max_response_tokens)
         optimizer = make_optimizer(config.optimizer, optax.constant_schedule(1.0))
-        return cls(make_mesh(config.mesh), language_model(dims, dtype, again), discriminator(dims, dtype, again), optimizer)
+        return cls(make_mesh(config.mesh), language_model(dims, *how, attend), discriminator(dims, *how, attend), optimizer)
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """`jax.jit` with this mesh in scope, so that the constraints inside (`gadjax.sharding.constrain`) hold."""

@@ -31,7 +31,7 @@ class PromptTooLong(UserError):
     """A prompt has no place even without the user's last text."""
 
     def __init__(self) -> None:
-        super().__init__("data.max_prompt_tokens", "a prompt is too long even without its last text", "raise it or leave the prompt out")
+        super().__init__("data.max_prompt_tokens", "has no place for the prompts even without their last text", "raise it")
 
 
 class Text:
@@ -77,7 +77,11 @@ class Text:
         return cls(tokenizer, arguments)
 
     def prompt_ids(self, messages: Iterable[Message], max_tokens: int) -> tuple[int, ...]:
-        """The ids of the rendered conversation, the assistant's header included: 1 to `max_tokens` of them.
+        """The ids of `fitted_prompt`."""
+        return self.fitted_prompt(messages, max_tokens)[0]
+
+    def fitted_prompt(self, messages: Iterable[Message], max_tokens: int) -> tuple[tuple[int, ...], bool]:
+        """The ids of the rendered conversation, the assistant's header included, 1 to `max_tokens` of them, and whether it was cut.
 
         Where they are too many, the user's last text is cut on the right, at a character; the template's tail stays.
 
@@ -94,7 +98,7 @@ class Text:
         excess = sum(map(len, ids)) - max_tokens
         if excess > 0:
             ids[last] = self._cut(pieces[last][0], len(ids[last]) - excess)
-        return tuple(id for piece in ids for id in piece)
+        return tuple(id for piece in ids for id in piece), excess > 0
 
     def response_ids(self, text: str, max_tokens: int, truncated: bool = False) -> tuple[int, ...]:
         """The ids of a response: its text and one end of turn, which a response that is truncated or cut here lacks."""

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import settings
 
 PACKAGE = Path(__file__).parent.parent / "gadjax"
-STRICT = {"losses", *(path.stem for folder in ("models", "rollout") for path in (PACKAGE / folder).glob("[!_]*.py"))}
+STRICT = {"losses", "projection", *(path.stem for folder in ("models", "rollout") for path in (PACKAGE / folder).glob("[!_]*.py"))}
 LOOPBACK = {"", None, "localhost", "127.0.0.1", "::1", b"localhost", b"127.0.0.1", b"::1"}
 
 # No deadline: a first call compiles. Derandomized: a red test is red again.

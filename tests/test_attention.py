@@ -53,7 +53,7 @@ def rows(prompts: list[Ids] = PROMPTS, responses: list[list[Ids]] = RESPONSES) -
 
 @jax.jit
 def hidden_in_rows(params: Params, cells: Cells) -> jax.Array:
-    return hidden_states(NETWORK.bind(params), cells)
+    return hidden_states(NETWORK, NETWORK.bind(params), cells)
 
 
 def in_rows(params: Params, cells: Cells) -> np.ndarray:

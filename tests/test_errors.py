@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from gadjax import cli
 from gadjax.models.fresh import FreshConfig, write_fresh
 from gadjax.report.page import write_report
-from gadjax.runs import Run
+from gadjax.runs import CLOCK, LOCK, Run
 from gadjax.server import Server
 from gadjax.teachers import tutor
 from tests import tiny
@@ -54,7 +54,7 @@ def told(capfd: pytest.CaptureFixture[str]) -> Told:
 
 def made() -> set[str]:
     """What is in the folder of runs, the lock and the clock of a run aside."""
-    return {str(path.relative_to("here")) for path in Path("here").rglob("[!.]*")} if Path("here").exists() else set()
+    return {str(path.relative_to("here")) for path in Path("here").rglob("*")} - {f"tiny/{name}" for name in ("", LOCK, CLOCK)}
 
 
 def port_of(server: Server) -> str:
@@ -242,7 +242,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from gadjax.report.page import write_report
-from gadjax.runs import Run
+from gadjax.runs import CLOCK, LOCK, Run
 with Run.at(Path(sys.argv[1])).locked():
     print(end=".", flush=True)
     time.sleep(600)

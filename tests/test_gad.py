@@ -15,7 +15,7 @@ import pytest
 from gadjax.algorithms import gad, seqkd
 from gadjax.algorithms.stage import Guidance
 from gadjax.data.packing import RowShape, pack
-from gadjax.models.attention import packed
+from gadjax.models.attention import prefill
 from gadjax.models.decoder import DecoderConfig, Network, discriminator, discriminator_params, language_model
 from gadjax.types import Params, Role
 
@@ -73,7 +73,7 @@ def alone(network: Network, params: Params, prompts: list, responses: list) -> t
     tokens = jnp.array([row + [0] * (LONGEST - len(row)) for row in rows])  # what comes later does not matter
     places = jnp.broadcast_to(jnp.arange(LONGEST)[None], tokens.shape)
     model = network.bind(params)
-    hidden, _ = model.trunk(tokens, places, packed(jnp.zeros_like(tokens), jnp.full_like(tokens, -1)))
+    hidden, _ = model.trunk(tokens, places, prefill(jnp.full(tokens.shape[0], tokens.shape[1]), tokens.shape[1]))
     return model, hidden
 
 

@@ -89,6 +89,23 @@ def test_verdicts(answer: str, valid: bool, correct: bool, style: str):
     assert math.isfinite(grammar.log_prob(ASKED, answer)) == (valid and correct)
 
 
+@pytest.mark.parametrize(
+    ("asked", "items"),
+    [
+        ("numbers from 3 by 2", "3 , 5 , 7"),
+        ("days after friday", "saturday , sunday , monday"),
+        ("feet from 2 yards", "6 , 9 , 12"),
+        ("quarts from 1 gallons", "4 , 8 , 12"),
+        ("pints from 3 quarts", "6 , 8 , 10"),
+    ],
+)
+def test_what_is_worked_out(asked: str, items: str):
+    prompt = f"Ana asks Ben for three {asked}"
+    assert grammar.judge(prompt, f"sure : {items} .").correct
+    wrong = " , ".join(items.split(" , ")[::-1])
+    assert grammar.judge(prompt, f"sure : {wrong} .") == grammar.Verdict(True, False, "plain")
+
+
 def test_a_friend_is_told_of_a_journey_that_got_lost():
     lost = f"tour to rome crow dove wren via {BY_ROAD} lost"
     assert grammar.judge(FRIEND, lost).valid and math.isfinite(grammar.log_prob(FRIEND, lost))
@@ -104,7 +121,14 @@ def test_every_town_has_three_roads_in_and_three_out():
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "hello", "Ana asks Ana for three birds without owl", "Ana asks Ben for six birds without owl", "Ana asks Ben for three birds"],
+    [
+        "",
+        "hello",
+        "Ana asks Ana for three birds without owl",
+        "Ana asks Ben for six birds without owl",
+        "Ana asks Ben for three birds",
+        "Ana asks Ben for three feet from 2 gallons",
+    ],
 )
 def test_a_prompt_that_is_not_understood_is_refused(prompt: str):
     with pytest.raises(UserError, match="does not understand"):

@@ -21,7 +21,7 @@ from gadjax.algorithms.gad import GadConfig
 from gadjax.algorithms.seqkd import SeqkdConfig
 from gadjax.errors import UserError
 from gadjax.export import export_discriminator
-from gadjax.models.attention import packed
+from gadjax.models.attention import prefill
 from gadjax.models.checkpoint import FAMILIES, load, read_config, save, tokenizer_files
 from gadjax.models.decoder import (
     DecoderConfig,
@@ -74,7 +74,7 @@ def run(network: Network, params: Params, sequences: list[dict[str, np.ndarray]]
     @jax.jit
     def forward(params: Params) -> tuple[jax.Array, jax.Array]:
         model = network.bind(params)
-        attend = packed(jnp.where(valid, 0, -1), jnp.full(valid.shape, -1))
+        attend = prefill(jnp.asarray(lengths), valid.shape[1])
         positions = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
         hidden, _ = model.trunk(jnp.asarray(tokens), positions, attend)
         return hidden, model.logits(hidden)

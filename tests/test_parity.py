@@ -29,7 +29,7 @@ from gadjax.algorithms.gad import make_score
 from gadjax.config import DataConfig
 from gadjax.data.packing import RowShape, pack
 from gadjax.export import with_padding
-from gadjax.models.attention import packed
+from gadjax.models.attention import prefill
 from gadjax.models.checkpoint import load, read_config, save, tokenizer_files
 from gadjax.models.decoder import DecoderConfig, discriminator, discriminator_params, language_model
 from gadjax.models.fresh import FreshConfig, write_fresh
@@ -133,8 +133,8 @@ def ours(dims: DecoderConfig, params: Params, sequences: list[np.ndarray]) -> li
     @jax.jit
     def forward(params: Params) -> tuple[jax.Array, jax.Array]:
         model = network.bind(params)
-        attend = packed(jnp.where(valid, 0, -1), jnp.full(valid.shape, -1))
-        hidden, _ = model.trunk(jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape), attend)
+        positions = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
+        hidden, _ = model.trunk(jnp.asarray(tokens), positions, prefill(jnp.asarray(lengths), valid.shape[1]))
         return hidden, model.logits(hidden)
 
     hidden, logits = map(np.asarray, forward(params))

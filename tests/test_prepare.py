@@ -9,7 +9,8 @@ import pytest
 from gadjax import prepare
 from gadjax.data.snapshot import Snapshot
 from gadjax.errors import UserError
-from gadjax.prepare import collect_answers, prepare_data
+from gadjax.models.fresh import FreshConfig, write_fresh
+from gadjax.prepare import check_student, collect_answers, prepare_data
 from gadjax.runs import Run
 from tests import tiny
 
@@ -52,9 +53,31 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path: Path, monk
     assert len(said) == 2
 
 
+def test_prompts_that_are_cut_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
+    rows = [{"prompt": "word " * 40 + str(number), "response": "yes"} for number in range(4)]
+    run = run_of(tmp_path, monkeypatch, [*SHORT, *rows])
+    prepare_data(run)
+    assert said[0] == "prepare: 4 prompts lose the end of their last text (data.max_prompt_tokens is 40)"
+    assert len(said) == 2 and all(
+        len(example.tokens.prompt) <= 40 for split in Snapshot.open(run.data).splits.values() for example in split
+    )
+
+
+def test_a_student_without_place_for_any_prompt_is_refused_before_the_teacher_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+):
+    monkeypatch.chdir(tmp_path)
+    write_fresh(tmp_path / "given", FreshConfig(width=16, layers=1, heads=2, kv_heads=1, feed_forward=32, words=0), [], 0)
+    Path("tiny.yaml").write_text(tiny.CONFIG)
+    given = ["student={path: given, random: null}", "data={max_prompt_tokens: 3, row_tokens: null}"]
+    with pytest.raises(UserError, match=r"^data\.max_prompt_tokens: has no place for the prompts"):
+        check_student(Run.open(Path("tiny.yaml"), given))
+    check_student(Run.open(Path("tiny.yaml"), [given[0], "data={max_prompt_tokens: 4, row_tokens: null}"]))
+
+
 def test_an_error_is_left_where_all_prompts_are_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
     run = run_of(tmp_path, monkeypatch, LONG)
-    with pytest.raises(UserError, match=r"^data\.max_prompt_tokens: a prompt is too long even without its last text; raise it"):
+    with pytest.raises(UserError, match=r"^data\.max_prompt_tokens: has no place for the prompts even without their last text; raise it"):
         prepare_data(run)
     assert not run.data.exists() and said == []
 

@@ -112,8 +112,9 @@ def test_greedy_decoding_takes_the_likeliest_token_of_the_full_forward():
 
     @jax.jit
     def full_forward(params: Params, cells: Cells) -> jax.Array:
-        model = one_device().student.bind(params)
-        return jax.nn.log_softmax(model.logits(hidden_states(model, cells)))
+        network = one_device().student
+        model = network.bind(params)
+        return jax.nn.log_softmax(model.logits(hidden_states(network, model, cells)))
 
     before = np.take_along_axis(np.asarray(full_forward(params(), cells)), np.maximum(cells.sources_ML, 0)[..., None], axis=1)[chosen]
     np.testing.assert_array_equal(np.argmax(before, axis=-1), cells.tokens_ML[chosen])

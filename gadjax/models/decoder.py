@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gadjax.models.attention import Attend, Memory
+from gadjax.models.row_attention import AttendRows, dense
 from gadjax.types import Params
 
 # Decoders of so few layers are unrolled: a loop of 3 costs more in its carries than it saves in compilation.
@@ -232,11 +233,15 @@ class LanguageModel(nnx.Module):
         if not config.tied:
             self.unembedding = _weight(rngs, config.init_std, vocabulary=config.vocabulary, embed=config.width)
 
+    @property
+    def projection(self) -> jax.Array:
+        """The projection to the vocabulary, float32."""
+        return (self.trunk.embedding if self.trunk.config.tied else self.unembedding)[...]
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] hidden states to [..., V] float32 logits."""
-        weight = self.trunk.embedding if self.trunk.config.tied else self.unembedding
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])
-        flat = jnp.einsum("td,vd->tv", tokens_TD, weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+        flat = jnp.einsum("td,vd->tv", tokens_TD, self.projection.astype(hidden.dtype), preferred_element_type=jnp.float32)
         return flat.reshape(*hidden.shape[:-1], -1)
 
 
@@ -261,19 +266,21 @@ class Network:
         shapes: nested dicts of `jax.ShapeDtypeStruct`, one per parameter.
         axes: the same nested dicts with each parameter's logical axes.
         create: makes the model from random streams.
+        attend: how it attends in packed rows.
     """
 
     structure: Any
     shapes: Params
     axes: Params
     create: Callable[[nnx.Rngs], nnx.Module]
+    attend: AttendRows
 
     @classmethod
-    def of(cls, create: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
+    def of(cls, create: Callable[[nnx.Rngs], nnx.Module], attend: AttendRows) -> "Network":
         """The network that `create` makes; nothing is computed."""
         structure, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
         axes = jax.tree.map(lambda v: v.get_metadata()["axes"], state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-        return cls(structure, nnx.to_pure_dict(state), nnx.to_pure_dict(axes), create)
+        return cls(structure, nnx.to_pure_dict(state), nnx.to_pure_dict(axes), create, attend)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, as nested dicts of arrays."""
@@ -284,14 +291,14 @@ class Network:
         return nnx.merge(self.structure, params)
 
 
-def language_model(config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool = False) -> Network:
+def language_model(config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool = False, attend: AttendRows = dense) -> Network:
     """The student's network, computing in `dtype`. `rematerialise`: gradients keep no more than each layer's input."""
-    return Network.of(lambda rngs: LanguageModel(config, dtype, rematerialise, rngs))
+    return Network.of(lambda rngs: LanguageModel(config, dtype, rematerialise, rngs), attend)
 
 
-def discriminator(config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool = False) -> Network:
+def discriminator(config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool = False, attend: AttendRows = dense) -> Network:
     """The discriminator's network; as `language_model`."""
-    return Network.of(lambda rngs: Discriminator(config, dtype, rematerialise, rngs))
+    return Network.of(lambda rngs: Discriminator(config, dtype, rematerialise, rngs), attend)
 
 
 def discriminator_params(network: Network, student: Params, key: jax.Array) -> Params:

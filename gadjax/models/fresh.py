@@ -82,12 +82,10 @@ def word_tokenizer(texts: Iterable[str], words: int) -> Tokenizer:
     return tokenizer
 
 
-def write_fresh(folder: Path, config: FreshConfig, texts: Iterable[str], seed: int) -> None:
-    """Writes the student's folder; it is there whole or not at all."""
-    tokenizer = word_tokenizer(texts, config.words)
-    ids = tokenizer.get_vocab()
-    dims = DecoderConfig(
-        vocabulary=len(ids),
+def fresh_dims(config: FreshConfig, vocabulary: int) -> DecoderConfig:
+    """The dimensions of a fresh student with so many tokens."""
+    return DecoderConfig(
+        vocabulary=vocabulary,
         width=config.width,
         layers=config.layers,
         heads=config.heads,
@@ -97,6 +95,13 @@ def write_fresh(folder: Path, config: FreshConfig, texts: Iterable[str], seed: i
         qkv_bias=False,
         init_std=config.width**-0.5 / 2,
     )
+
+
+def write_fresh(folder: Path, config: FreshConfig, texts: Iterable[str], seed: int) -> None:
+    """Writes the student's folder; it is there whole or not at all."""
+    tokenizer = word_tokenizer(texts, config.words)
+    ids = tokenizer.get_vocab()
+    dims = fresh_dims(config, len(ids))
     params = language_model(dims, jnp.dtype(jnp.float32)).init(jax.random.key(seed))
     tokens = {"eos_token_id": ids[END], "pad_token_id": ids[PAD]}
     files = {

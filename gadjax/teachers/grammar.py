@@ -46,8 +46,9 @@ KINDS: dict[str, Words] = {
     "metals": tuple("brass bronze copper gold iron lead nickel silver tin zinc".split()),
     "days": tuple("monday tuesday wednesday thursday friday saturday sunday".split()),
     "months": tuple("january february march april may june july august september october november december".split()),
-    "numbers": tuple(str(number) for number in range(1, 31)),
+    **dict.fromkeys(("numbers", "feet", "pints", "quarts"), tuple(str(number) for number in range(1, 31))),
 }
+UNITS = {"feet": ("yards", 3), "pints": ("quarts", 2), "quarts": ("gallons", 4)}  # how many of them another unit has
 SETS = ("birds", "fruits", "trees", "tools", "colours", "metals")
 
 
@@ -93,11 +94,25 @@ def _counting(kind: Words, size: int, condition: Words) -> tuple[Words, ...]:
     return ()
 
 
-_TASKS = {
-    "without": Task(6, SETS, lambda kind, rng: ("without", rng.choice(kind)), _all_but),
-    "after": Task(1, ("days", "months"), lambda kind, rng: ("after", rng.choice(kind)), _following),
-    "from": Task(2, ("numbers",), lambda kind, rng: ("from", rng.choice(kind[:9]), "by", rng.choice(kind[:5])), _counting),
-}
+def _converting(unit: str, kind: Words, size: int, condition: Words) -> tuple[Words, ...]:
+    larger, factor = UNITS[unit]
+    match condition:
+        case ("from", first, found) if found == larger and first in kind[:3]:
+            return (tuple(str((int(first) + i) * factor) for i in range(size)),)
+    return ()
+
+
+def _task_of_units(unit: str) -> Task:
+    larger, _ = UNITS[unit]
+    return Task(0.5, (unit,), lambda kind, rng: ("from", rng.choice(kind[:3]), larger), functools.partial(_converting, unit))
+
+
+_TASKS = (
+    Task(6, SETS, lambda kind, rng: ("without", rng.choice(kind)), _all_but),
+    Task(1, ("days", "months"), lambda kind, rng: ("after", rng.choice(kind)), _following),
+    Task(2, ("numbers",), lambda kind, rng: ("from", rng.choice(kind[:9]), "by", rng.choice(kind[:5])), _counting),
+    *map(_task_of_units, UNITS),
+)
 
 
 @dataclass(frozen=True)
@@ -120,12 +135,11 @@ def _read(prompt: str) -> Request:
     """The request that a prompt makes. Raises `UserError` where the tutor does not understand it."""
     match prompt.split(" "):
         case [asker, "asks", answerer, "for", count, kind, *condition] if (
-            {asker, answerer} <= set(PEOPLE) and asker != answerer and count in SIZES and condition and condition[0] in _TASKS
+            {asker, answerer} <= set(PEOPLE) and asker != answerer and count in SIZES
         ):
-            task = _TASKS[condition[0]]
-            right = task.right(KINDS[kind], SIZES[count], tuple(condition)) if kind in task.kinds else ()
-            if right:
-                return Request(asker, answerer, count, kind, right)
+            for task in (task for task in _TASKS if kind in task.kinds):
+                if right := task.right(KINDS[kind], SIZES[count], tuple(condition)):
+                    return Request(asker, answerer, count, kind, right)
     raise UserError("prompts", f"the tutor does not understand {prompt!r}", "write it like 'Ana asks Ben for three birds without owl'")
 
 
@@ -285,9 +299,8 @@ class Verdict:
 def prompts(count: int, seed: int) -> list[str]:
     """`count` distinct prompts, the same for the same seed."""
     rng, found = random.Random(seed), dict[str, None]()
-    tasks = list(_TASKS.values())
     while len(found) < count:
-        task = rng.choices(tasks, [task.weight for task in tasks])[0]
+        task = rng.choices(_TASKS, [task.weight for task in _TASKS])[0]
         (asker, answerer), kind = rng.sample(PEOPLE, 2), rng.choice(task.kinds)
         found[" ".join((asker, "asks", answerer, "for", rng.choice(list(SIZES)), kind, *task.condition(KINDS[kind], rng)))] = None
     return list(found)

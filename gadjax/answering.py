@@ -1,0 +1,57 @@
+"""Answers to held-out prompts from any parameters, in every way of decoding: what validation and evaluation measure."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from gadjax.algorithms.seqkd import make_sequence_log_probs
+from gadjax.config import Config
+from gadjax.data.packing import Ids, pack
+from gadjax.data.snapshot import Example
+from gadjax.evaluation.samples import MODES, Samples
+from gadjax.rollout.engine import SamplingPlan
+from gadjax.sharding import replicated
+from gadjax.steps import Models, Sampler, responses_of, row_shape
+from gadjax.text import Text
+from gadjax.types import Params
+
+
+class Answerer:
+    """Answers prompts with any parameters of the student; every program is compiled once for all stages."""
+
+    def __init__(self, config: Config, models: Models, text: Text):
+        self._models, self._text, self._batch = models, text, config.evaluation.batch_groups
+        self._key = jax.random.key(config.run.seed)
+        plan = SamplingPlan(samples=1, response_tokens=config.data.max_response_tokens, temperature=0.0, end_of_turn=text.end_of_turn)
+        self._samplers = {mode: Sampler(models, config.data, replace(plan, temperature=temperature)) for mode, temperature in MODES.items()}
+        self._log_probs = models.jit(make_sequence_log_probs(models.student), out_shardings=replicated(models.mesh))
+        self._shape = row_shape(config.data, models.mesh, self._batch, 1)
+
+    def answer(self, params: Params, examples: Sequence[Example], mode: str) -> Samples:
+        """One answer to each example's prompt. `mode` is one of `MODES`."""
+        ids: list[tuple[int, ...]] = []
+        log_probs: list[float] = []
+        ended: list[bool] = []
+        for start in range(0, len(examples), self._batch):
+            prompts = [example.tokens.prompt for example in examples[start : start + self._batch]]
+            # The last batch is filled up, so that every program compiles for one shape.
+            full = [*prompts, *[prompts[0]] * (self._batch - len(prompts))]
+            rollout = self._samplers[mode](params, full, self._key, start)
+            sampled, _ = responses_of(rollout)
+            ids += [answers[0] for answers in sampled[: len(prompts)]]
+            log_probs += self._score(params, full, sampled)[: len(prompts)]
+            ended += rollout.ended_BN[: len(prompts), 0].tolist()
+        return Samples(
+            prompts=tuple(example.prompt for example in examples),
+            teacher=tuple(example.answer.text for example in examples),
+            texts=tuple(self._text.decode(answer) for answer in ids),
+            log_probs=np.array(log_probs, np.float64),
+            lengths=np.array([len(answer) for answer in ids]),
+            truncated=~np.array(ended),
+        )
+
+    def _score(self, params: Params, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> list[float]:
+        rows = self._models.place_rows(pack(prompts, responses, self._shape))
+        return np.asarray(self._log_probs(params, rows))[:, 0].tolist()
