@@ -11,7 +11,7 @@ from gadjax.config import Config
 from gadjax.data.packing import Ids, pack
 from gadjax.data.snapshot import Example
 from gadjax.evaluation.samples import MODES, Samples
-from gadjax.rollout.engine import SamplingPlan
+from gadjax.rollout.decode import SamplingPlan
 from gadjax.sharding import replicated
 from gadjax.steps import Models, Sampler, responses_of, row_shape
 from gadjax.text import Text

@@ -117,7 +117,7 @@ class Bench:
         """The discriminator's step on teacher and samples: scores, gradient, update."""
         programs, each = self.programs, 1 + self.programs.samples
         responses = self.responses(each)
-        rows = programs.models.place_rows(pack(self.prompts, responses, programs.rows(each)))
+        rows = programs.models.place_rows(pack(self.prompts, responses, programs.discriminator_rows()))
         role = self.role(programs.models.discriminator)
 
         def step() -> Any:
@@ -165,7 +165,7 @@ def bench(part: str | None, config: Path, overrides: list[str], repeats: int, as
         UserError: there is no such part, or no such stage.
     """
     if part is not None and part not in PARTS:
-        raise UserError("PART", f"there is no {part}", f"use one of {', '.join(PARTS)}")
+        raise UserError("--part", f"there is no {part}", f"use one of {', '.join(PARTS)}")
     loaded = load_config(config, overrides)
     stage = next((name for name, stage in reversed(loaded.stages.items()) if isinstance(stage, SamplingStageConfig)), None)
     if stage is None:

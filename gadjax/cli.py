@@ -2,14 +2,17 @@
 
 What a command needs is loaded when it is used, so that `gadjax --help` answers at once and nothing starts jax before it must.
 
-Exit status: 0 done; 2 a mistake of the user, told in one line; 130 interrupted; 1 a fault of ours, with its traceback.
+Exit status: 0 done; 2 a mistake of the user, told in one line; 130 interrupted by Ctrl-C, 143 by SIGTERM; 1 a fault of ours, with its
+traceback.
 """
 
 import os
 import pkgutil
+import signal
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -24,9 +27,10 @@ COMMANDS = {  # command -> "module:function"
     "evaluate": "gadjax.run:evaluate",
     "report": "gadjax.run:report",
     "export": "gadjax.run:export",
+    "bench": "gadjax.bench:bench",
 }
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells count
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -108,12 +112,28 @@ def report(config: Config, overrides: Overrides = None) -> None:
 def export(
     stage: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run's folder and, if not the last, a stage.")],
     discriminator: Annotated[bool, typer.Option("--discriminator", help="The stage's discriminator: a classifier with one label.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
 ) -> None:
     """Write a stage's student, or its discriminator, as a Hugging Face folder.
 
     Example: gadjax export runs/quickstart/gad
     """
-    _call("export", stage, discriminator)
+    _call("export", stage, discriminator, dtype)
+
+
+@app.command()
+def bench(
+    config: Config,
+    overrides: Overrides = None,
+    part: Annotated[str | None, typer.Option(help="student or discriminator; by default each in turn.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each part; their median counts.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the speed of a config's steps on this machine, on made-up data.
+
+    Example: gadjax bench configs/quickstart.yaml --part student
+    """
+    _call("bench", part, config, overrides or [], repeats, as_json)
 
 
 def _call(command: str, *arguments: Any) -> None:
@@ -122,19 +142,32 @@ def _call(command: str, *arguments: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command line (the process's own by default) and exits with its status.
+    """Runs one command line (the process's own by default) and exits with its status. SIGTERM ends it as Ctrl-C does.
 
     Raises:
         SystemExit: always, unless the command failed by a fault of ours, whose exception goes through.
     """
+    terminated = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        # What Ctrl-C would do here, which asyncio changes for a while; a shell's background job ignores Ctrl-C, and must end all the same.
+        interrupt = signal.getsignal(signal.SIGINT)
+        (interrupt if callable(interrupt) else signal.default_int_handler)(number, frame)
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         status = app(arguments, prog_name="gadjax", standalone_mode=False) or 0
     except UserError as mistake:
         status = _fail(str(mistake))
     except typer.TyperException as mistake:  # the command line itself
         status = _fail(f"{mistake.format_message()} (gadjax --help tells more)")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if status == INTERRUPTED:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        status = TERMINATED if terminated else INTERRUPTED
     sys.exit(status)
 
 

@@ -19,6 +19,7 @@ from gadjax.evaluation.config import EvaluationConfig
 from gadjax.models.fresh import FreshConfig
 from gadjax.optimizer import OptimizerConfig
 from gadjax.prompts import PromptsConfig
+from gadjax.rollout.config import RolloutConfig
 from gadjax.section import Section
 from gadjax.sharding import MeshConfig
 from gadjax.teachers.config import TeacherConfig
@@ -119,6 +120,7 @@ class Config(Section):
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
+    rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     stages: dict[str, SerializeAsAny[StageConfig]] = Field(default_factory=_default_stages)
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -4,8 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
-
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.checkpointing import checkpoint_digest
 from gadjax.errors import UserError
@@ -16,17 +14,19 @@ from gadjax.text import Text
 ORIGIN = "gadjax.json"  # in an exported folder: what it was made from
 
 
-def export_stage(session: Session, name: str) -> Path:
+def export_stage(session: Session, name: str, dtype: str = "float32") -> Path:
     """Writes the student of stage `name` to the run's `export/<stage>` and returns the folder; one of this checkpoint is kept.
+
+    `dtype` is that of the written weights, "float32" or "bfloat16".
 
     Raises:
         UserError: the stage is not trained yet.
     """
     tokens = {"eos_token_id": session.text.end_of_turn, "pad_token_id": session.text.pad}
-    return _export(session, name, "student", session.run.folder / "export" / name, tokens, tokenizer_files(session.folder))
+    return _export(session, name, "student", session.run.folder / "export" / name, tokens, tokenizer_files(session.folder), dtype)
 
 
-def export_discriminator(session: Session, name: str) -> Path:
+def export_discriminator(session: Session, name: str, dtype: str = "float32") -> Path:
     """Writes the discriminator of stage `name` to `export/<stage>-discriminator` and returns the folder; one of this checkpoint is kept.
 
     It is a sequence classifier. Its one logit is D(x, y) for the ids of a rendered prompt and a response that ends, if it is whole,
@@ -39,18 +39,18 @@ def export_discriminator(session: Session, name: str) -> Path:
         raise UserError(f"stages.{name}", "has no discriminator", "name a stage of algorithm warmup or gad")
     pad, files = with_padding(session.text, tokenizer_files(session.folder))
     tokens = {"eos_token_id": session.text.end_of_turn, "pad_token_id": pad}
-    return _export(session, name, "discriminator", session.run.folder / "export" / f"{name}-discriminator", tokens, files)
+    return _export(session, name, "discriminator", session.run.folder / "export" / f"{name}-discriminator", tokens, files, dtype)
 
 
-def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[str, int], files: dict[str, bytes]) -> Path:
+def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[str, int], files: dict[str, bytes], dtype: str) -> Path:
     digest = checkpoint_digest(session.run.checkpoints(name), session.total_steps(name))
-    origin = json.dumps({"stage": name, "role": role, "checkpoint": digest}, indent=2).encode()
+    origin = json.dumps({"stage": name, "role": role, "checkpoint": digest, "dtype": dtype}, indent=2).encode()
     if folder.exists():
         if (folder / ORIGIN).is_file() and (folder / ORIGIN).read_bytes() == origin:
             return folder
         shutil.rmtree(folder)  # of another checkpoint
     params = session.final_role(name, role).params
-    save(folder, session.family, session.dims, jax.device_get(params), tokens, files | {ORIGIN: origin})
+    save(folder, session.family, session.dims, params, tokens, files | {ORIGIN: origin}, dtype=dtype)
     return folder
 
 

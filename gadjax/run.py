@@ -60,8 +60,10 @@ def report(config: Path, overrides: list[str]) -> None:
     _report(Run.open(config, overrides))
 
 
-def export(stage: str, discriminator: bool = False) -> None:
+def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> None:
     """A stage's student of a run, `RUN` or `RUN/STAGE`, or its discriminator, as a Hugging Face folder."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError("--dtype", f"{dtype} is not offered", "use float32 or bfloat16")
     folder, name = Path(stage), None
     if not (folder / "config.yaml").is_file():
         folder, name = folder.parent, folder.name
@@ -76,7 +78,7 @@ def export(stage: str, discriminator: bool = False) -> None:
     with opened.locked():
         session = Session.open(opened, student_folder(opened, ()))  # the answers are not needed any more
         write = export_discriminator if discriminator else export_stage
-        say(f"export: {write(session, name or names[-1])}")
+        say(f"export: {write(session, name or names[-1], dtype)}")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Every array's dimensions have logical names ("embed", "mlp", "rows", ...); `RULE
 over. Axis types are Auto: the compiler propagates shardings from parameters, batches and a few constraints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ AXES = ("data", "fsdp", "tensor")
 RULES: dict[str | None, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),  # packed rows of a micro-batch
     "groups": ("data", "fsdp"),  # prompts of a rollout
+    "slots": ("data", "fsdp"),  # samples that a rollout decodes at once
     "embed": ("fsdp",),
     "vocabulary": ("tensor",),
     "heads": ("tensor",),
@@ -97,6 +98,16 @@ def named_sharding(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` with a mesh in scope, so that the constraints inside (`constrain`) hold."""
+
+    def on_mesh(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return jax.jit(on_mesh, **options)
 
 
 def constrain(array: jax.Array, *names: str | None) -> jax.Array:

@@ -6,8 +6,8 @@ Letters: B groups, J = 1 + N responses with the teacher's first, P prompt tokens
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,18 @@ from gadjax.models.decoder import DecoderConfig, Network, discriminator, languag
 from gadjax.models.hugging_face import Family
 from gadjax.models.row_attention import automatic
 from gadjax.optimizer import make_optimizer
-from gadjax.rollout.engine import SamplingPlan, make_generate
-from gadjax.sharding import make_mesh, named_sharding, replicated, row_multiple
+from gadjax.rollout.backend import RolloutBackend
+from gadjax.rollout.config import RolloutConfig
+from gadjax.rollout.decode import SamplingPlan
+from gadjax.rollout.engine import Engine
+from gadjax.sharding import jit_on, make_mesh, named_sharding, replicated, row_multiple
 from gadjax.types import Cells, PackedRows, Params, Role, Rollout, TrainState
 
 ROW_MULTIPLE = 8  # rows are a multiple of this long
 
 
-def row_shape(data: DataConfig, mesh: Mesh, groups: int, responses: int) -> RowShape:
-    """The rows for any batch of `groups` groups of `responses` responses.
+def row_shape(data: DataConfig, mesh: Mesh, groups: int, responses: int, together: bool = False) -> RowShape:
+    """The rows for any batch of `groups` groups of `responses` responses; `together` as in `RowShape`.
 
     Raises:
         UserError: a row cannot hold a prompt and a response.
@@ -47,8 +50,8 @@ def row_shape(data: DataConfig, mesh: Mesh, groups: int, responses: int) -> RowS
     if length < shortest:
         raise UserError("data.row_tokens", f"{length} is less than a prompt and a response", f"make it at least {shortest}")
     multiple = row_multiple(mesh)
-    rows = max(data.rows or 1, RowShape.rows_of_largest(responses, length=length, **lengths))
-    return RowShape.holding(groups, responses, rows=-(-rows // multiple) * multiple, length=length, **lengths)
+    rows = max(data.rows or 1, RowShape.rows_of_largest(responses, length=length, **lengths) if together else 1)
+    return RowShape.holding(groups, responses, rows=-(-rows // multiple) * multiple, length=length, together=together, **lengths)
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,14 @@ class Models:
         student: the student's network.
         discriminator: the discriminator's.
         optimizer: structure of both optimizers' states, which does not depend on the learning rate's schedule.
+        rollout: how rollouts are laid out.
     """
 
     mesh: Mesh
     student: Network
     discriminator: Network
     optimizer: optax.GradientTransformation
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     @classmethod
     def of(cls, config: Config, dims: DecoderConfig) -> "Models":
@@ -73,16 +78,12 @@ class Models:
         how = (jnp.dtype(config.student.compute_dtype), config.student.rematerialise)
         attend = automatic(config.data.max_prompt_tokens, config.data.max_response_tokens)
         optimizer = make_optimizer(config.optimizer, optax.constant_schedule(1.0))
-        return cls(make_mesh(config.mesh), language_model(dims, *how, attend), discriminator(dims, *how, attend), optimizer)
+        student, judge = language_model(dims, *how, attend), discriminator(dims, *how, attend)
+        return cls(make_mesh(config.mesh), student, judge, optimizer, config.rollout)
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """`jax.jit` with this mesh in scope, so that the constraints inside (`gadjax.sharding.constrain`) hold."""
-
-        def on_mesh(*arguments: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return function(*arguments)
-
-        return jax.jit(on_mesh, **options)
+        return jit_on(self.mesh, function, **options)
 
     def params_shardings(self, network: Network) -> Params:
         """Where each parameter lives."""
@@ -176,8 +177,12 @@ class Programs:
         return self.stage.group_size if isinstance(self.stage, SamplingStageConfig) else 0
 
     def rows(self, responses: int, groups: int | None = None) -> RowShape:
-        """The row shape for batches with this many responses per group."""
+        """The row shape of the student's steps, for batches with this many responses per group."""
         return row_shape(self.data, self.models.mesh, groups or self.stage.batch_groups, responses)
+
+    def discriminator_rows(self, groups: int | None = None) -> RowShape:
+        """The row shape of the discriminator's steps: the teacher's response and N samples."""
+        return row_shape(self.data, self.models.mesh, groups or self.stage.batch_groups, 1 + self.samples, together=True)
 
     @cached_property
     def student_step(self) -> Callable[..., Any]:
@@ -220,35 +225,19 @@ class Programs:
 
 
 class Sampler:
-    """Responses to prompts under one sampling plan; for batches of any number of groups."""
+    """Responses to prompts under one sampling plan, from whatever parameters they are asked of; for batches of any number of groups."""
 
     def __init__(self, models: Models, data: DataConfig, plan: SamplingPlan):
-        self._models, self._prompt_tokens = models, data.max_prompt_tokens
-        generate = make_generate(models.student, plan)
-
-        def run(params: Params, prompts: jax.Array, lengths: jax.Array, key: jax.Array, step: jax.Array) -> Rollout:
-            return generate(params, prompts, lengths, jax.random.fold_in(key, step))
-
-        self._run = models.jit(run, out_shardings=replicated(models.mesh))
+        self._backend: RolloutBackend = Engine(models.student, models.mesh, plan, data.max_prompt_tokens, models.rollout)
 
     def __call__(self, params: Params, prompts: Sequence[Sequence[int]], key: jax.Array, step: int) -> Rollout:
-        """Samples for B prompts. The streams depend on (key, step, group, sample, position).
+        """Samples for B prompts from a student of `step` steps. The streams depend on (key, step, group, sample, position).
 
         Returns:
             a Rollout of NumPy arrays.
         """
-        count = len(prompts)
-        multiple = row_multiple(self._models.mesh)
-        padded = -(-count // multiple) * multiple
-        ids = np.zeros((padded, self._prompt_tokens), np.int32)
-        lengths = np.ones(padded, np.int32)
-        for index, prompt in enumerate(prompts):
-            ids[index, : len(prompt)] = prompt
-            lengths[index] = len(prompt)
-        place = partial(self._models.place)
-        step_array = jax.device_put(np.int32(step), replicated(self._models.mesh))
-        rollout = self._run(params, place(ids, "groups", None), place(lengths, "groups"), key, step_array)
-        return jax.tree.map(lambda array: array[:count], jax.device_get(rollout))
+        self._backend.update(params, step)
+        return self._backend.generate(prompts, key, step)
 
 
 def responses_of(rollout: Rollout) -> tuple[list[list[tuple[int, ...]]], list[list[list[float]]]]:

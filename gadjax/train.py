@@ -69,9 +69,12 @@ class Pending:
             self.open = False
 
     def fetch(self) -> Floats:
-        """All metrics of the step."""
+        """All metrics of the step. Of a step that samples, the share in which the devices wait for the host's packing."""
         self.wait()
-        return self.host | {name: float(value) for name, value in jax.device_get(self.device).items()} | self.watch.seconds
+        seconds = self.watch.seconds
+        if "time/rollout_seconds" in seconds:
+            self.host["time/idle_fraction"] = seconds["time/data_seconds"] / sum(seconds.values())
+        return self.host | {name: float(value) for name, value in jax.device_get(self.device).items()} | seconds
 
 
 @dataclass
@@ -104,34 +107,34 @@ class Stage:
         watch = Stopwatch()
         prompts = [group.prompt for group in groups]
         teacher = [[group.teacher] for group in groups]
-        host, device = Floats(), dict[str, Any]()
-        sampled, logps, scores = None, None, None
+        host, device, rows = Floats(), dict[str, Any](), None
+        sampled, logps, scores = list[Any](), None, None
+        learns = index >= algorithm.student_begins
         if algorithm.discriminator is not None:
             rollout = programs.sampler(self.state.student.params, prompts, self.key, index)
             sampled, logps = responses_of(rollout)
             watch.lap("rollout")
             host |= rollout_metrics(rollout, watch.seconds["time/rollout_seconds"])
             both = [own + others for own, others in zip(teacher, sampled, strict=True)]
-            rows = self._rows(prompts, both)
+            rows = self._placed(pack(prompts, both, programs.discriminator_rows()))
             watch.lap("data")
             discriminator, scores, more = programs.discriminator_step(self.state.discriminator, rows)
             self.state = self.state._replace(discriminator=discriminator)
             device |= more
-            jax.block_until_ready(scores)
-            watch.lap("discriminator")
-        learns = index >= algorithm.student_begins
+        if learns:  # packed while the device works
+            read, logps = (teacher, None) if algorithm.student_reads == "teacher" else (sampled, logps)
+            rows = self._placed(pack(prompts, read, programs.rows(len(read[0])), logps))
+        jax.block_until_ready(scores)
+        watch.lap("data" if scores is None else "discriminator")
         if learns:
-            rows = self._rows(prompts, teacher) if algorithm.student_reads == "teacher" else self._rows(prompts, sampled, logps)
-            watch.lap("data")
             student, more = programs.student_step(self.state.student, rows, Guidance(self.reference, scores))
             self.state = self.state._replace(student=student)
             device |= more
         self.last = Pending(host, device, watch, open=learns)
         return self.last
 
-    def _rows(self, prompts: Sequence[Any], responses: Any, logps: Any = None) -> PackedRows:
-        shape = self.programs.rows(len(responses[0]))
-        return self.session.models.place_rows(pack(prompts, responses, shape, logps))
+    def _placed(self, rows: PackedRows) -> PackedRows:
+        return self.session.models.place_rows(rows)
 
 
 def rollout_metrics(rollout: Rollout, seconds: float) -> Floats:
@@ -182,7 +185,7 @@ def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, do
     with track(stage.name, total, done) as advance:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
-            metrics = refuse_nan(stage.name, step, pending.fetch()) | more
+            metrics = refuse_nan(stage.name, step, pending.fetch() | more)
             log.write(step, metrics)
             advance(step, summary(metrics))
 

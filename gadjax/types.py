@@ -46,7 +46,7 @@ class PackedRows(NamedTuple):
 
     Attributes:
         cells: the tokens; every field is [A, M, L].
-        micro_BJ: int32 micro-batch that holds the response. All responses of one group share it.
+        micro_BJ: int32 micro-batch that holds the response. In rows for a discriminator all responses of one group share it.
         ends_BJ: int32 flat index into [M * L] of the response's last token.
         first_BJ: int32 index of the first response of the group with the same tokens; its own index if there is none.
         used: int32 scalar, the number of micro-batches with tokens in them; the first ones.
@@ -85,12 +85,14 @@ class Rollout(NamedTuple):
         logps_BNR: float32 log-softmax(logits / T) of each sampled token over the whole vocabulary.
         lengths_BN: int32 number of tokens, the end of turn included.
         ended_BN: bool, whether the response ended by itself; the others were cut at R tokens.
+        versions_BN: int32 number of steps after which the student was what it was when it gave this response.
     """
 
     tokens_BNR: jax.Array
     logps_BNR: jax.Array
     lengths_BN: jax.Array
     ended_BN: jax.Array
+    versions_BN: jax.Array
 
 
 class Role(NamedTuple):

@@ -34,7 +34,7 @@ class Validator:
         """The metrics by their names."""
         prompts = [example.tokens.prompt for example in self._examples]
         teacher = [[example.tokens.teacher] for example in self._examples]
-        loss = self._programs.teacher_loss(state.student.params, self._rows(prompts, teacher))
+        loss = self._programs.teacher_loss(state.student.params, self._placed(pack(prompts, teacher, self._programs.rows(1, len(prompts)))))
         metrics = {"validation/loss": float(loss)} | self._answers(state.student.params)
         if state.discriminator is None:
             return metrics
@@ -51,9 +51,10 @@ class Validator:
     def _discriminator(self, student: Params, discriminator: Params, prompts: Sequence[Ids], teacher: Sequence[Sequence[Ids]]) -> Floats:
         rollout = self._programs.sampler(student, prompts, self._session.key, STREAM)
         sampled, _ = responses_of(rollout)
-        rows = self._rows(prompts, [[*own, *others] for own, others in zip(teacher, sampled, strict=True)])
+        shape = self._programs.discriminator_rows(len(prompts))
+        rows = self._placed(pack(prompts, [[*own, *others] for own, others in zip(teacher, sampled, strict=True)], shape))
         seen = score_metrics(common_scores(self._programs.score(discriminator, rows), rows.first_BJ))
-        copies = self._rows(prompts, [[*own] * (1 + self._programs.samples) for own in teacher])
+        copies = self._placed(pack(prompts, [[*own] * (1 + self._programs.samples) for own in teacher], shape))
         probe = np.asarray(self._programs.score(discriminator, copies))
         return {
             "validation/discriminator_accuracy": float(seen["discriminator/accuracy"]),
@@ -61,6 +62,5 @@ class Validator:
             "discriminator/probe_gap": float(np.abs(probe[:, 1:] - probe[:, :1]).max()),
         }
 
-    def _rows(self, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> PackedRows:
-        shape = self._programs.rows(len(responses[0]), groups=len(prompts))
-        return self._session.models.place_rows(pack(prompts, responses, shape))
+    def _placed(self, rows: PackedRows) -> PackedRows:
+        return self._session.models.place_rows(rows)

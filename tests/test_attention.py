@@ -13,7 +13,7 @@ import pytest
 
 from gadjax.algorithms.forward import hidden_states, response_log_probs
 from gadjax.data.packing import RowShape, pack
-from gadjax.models.attention import Memory, decode, prefill
+from gadjax.models.attention import Memory
 from gadjax.models.decoder import DecoderConfig, language_model
 from gadjax.types import Cells, Params
 
@@ -200,43 +200,3 @@ def test_the_order_of_the_responses_does_not_matter():
         for index in range(3):
             now = spans(other)[group, (index + 1) % 3]
             np.testing.assert_allclose(at(before, spans(straight)[group, index]), at(after, now), rtol=0, atol=1e-5)
-
-
-def test_prefill_and_decode_give_the_hidden_states_of_the_packed_rows():
-    """Group by group one prefill, then all responses of all groups token by token, read from the caches."""
-    prompt_tokens = max(map(len, PROMPTS)) + 2
-    response_tokens = max(max(lengths) for lengths in LENGTHS)
-    lengths = jnp.array([len(prompt) for prompt in PROMPTS])
-    prompts = np.full((3, prompt_tokens), 7, np.int32)  # what pads a prompt is not seen
-    answers = np.zeros((3, 3, response_tokens), np.int32)
-    for group, prompt in enumerate(PROMPTS):
-        prompts[group, : len(prompt)] = prompt
-        for index, response in enumerate(RESPONSES[group]):
-            answers[group, index, : len(response)] = response
-
-    @jax.jit
-    def run(params: Params) -> tuple[jax.Array, jax.Array]:
-        model = NETWORK.bind(params)
-        positions = jnp.broadcast_to(jnp.arange(prompt_tokens), prompts.shape)
-        in_prompt, prompt_cache = model.trunk(jnp.asarray(prompts), positions, prefill(lengths, prompt_tokens))
-        # What lies beyond the filled part of the cache is not seen.
-        full = (DIMS.layers, 3, 3, DIMS.kv_heads, response_tokens, DIMS.head_width)
-        cache = (jnp.full(full, 1e3), jnp.full(full, 1e3))
-
-        def step(cache: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-            positions = jnp.broadcast_to(lengths[:, None] + index, (3, 3))
-            tokens = jnp.asarray(answers)[:, :, index]
-            hidden, new = model.trunk(tokens, positions, decode(lengths, index), (prompt_cache, cache))
-            return tuple(old.at[:, :, :, :, index].set(now) for old, now in zip(cache, new, strict=True)), hidden
-
-        _, in_responses = jax.lax.scan(step, cache, jnp.arange(response_tokens))
-        return in_prompt, in_responses
-
-    in_prompt, in_responses = map(np.asarray, run(params()))
-    cells = rows()
-    packed, places = in_rows(params(), cells), spans(cells)
-    for group, prompt in enumerate(PROMPTS):
-        np.testing.assert_allclose(in_prompt[group, : len(prompt)], at(packed, places[group, -1]), rtol=0, atol=1e-5)
-        for index, response in enumerate(RESPONSES[group]):
-            wanted = at(packed, places[group, index])
-            np.testing.assert_allclose(in_responses[: len(response), group, index], wanted, rtol=0, atol=1e-5)

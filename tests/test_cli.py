@@ -1,10 +1,14 @@
 """The command line itself: help, usage and exit status. What the commands do is tested beside them."""
 
+import asyncio
+import os
 import pkgutil
+import signal
 import subprocess
 import sys
+import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -90,13 +94,66 @@ def test_a_users_mistake(command: Callable, config: str, capsys: pytest.CaptureF
     assert capsys.readouterr().err == "gadjax: run.seed: must be an integer; write 0\n"
 
 
-def test_an_interruption(command: Callable, config: str, capsys: pytest.CaptureFixture[str]):
-    def interrupt(config: Path, overrides: list[str]) -> None:
-        raise KeyboardInterrupt
+@pytest.fixture
+def at_ctrl_c(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the process does at Ctrl-C: by default what it does in a terminal."""
+    before = signal.signal(signal.SIGINT, getattr(request, "param", signal.default_int_handler))
+    yield
+    signal.signal(signal.SIGINT, before)
 
-    command(interrupt)
-    assert gadjax("run", config) == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on from the last checkpoint\n"
+
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint\n"
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@pytest.mark.parametrize(
+    ("at_ctrl_c", "number"),
+    [(signal.default_int_handler, signal.SIGINT), (signal.default_int_handler, signal.SIGTERM), (signal.SIG_IGN, signal.SIGTERM)],
+    indirect=["at_ctrl_c"],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM in a shell's background"],
+)
+@pytest.mark.usefixtures("at_ctrl_c")
+def test_an_interruption(command: Callable, config: str, capsys: pytest.CaptureFixture[str], number: signal.Signals):
+    did = list[str]()
+
+    def interrupted(config: Path, overrides: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+            did.append("went on")
+        finally:
+            did.append("closed")
+
+    command(interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    assert gadjax("run", config) == STATUS[number]
+    assert (did, capsys.readouterr().err) == (["closed"], INTERRUPTED)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", STATUS)
+@pytest.mark.usefixtures("at_ctrl_c")
+def test_an_interruption_lets_asyncio_end_what_is_under_way(
+    command: Callable, config: str, capsys: pytest.CaptureFixture[str], number: signal.Signals
+):
+    did = list[str]()
+
+    def work() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)
+        did.append("worked")
+
+    async def work_and_finish() -> None:
+        task = asyncio.create_task(asyncio.to_thread(work))
+        try:
+            await asyncio.wait([task])
+        finally:
+            await asyncio.wait([task])
+            did.append("finished")
+
+    command(lambda config, overrides: asyncio.run(work_and_finish()))
+    assert gadjax("run", config) == STATUS[number]
+    assert (did, capsys.readouterr().err) == (["worked", "finished"], INTERRUPTED)
 
 
 def test_a_fault_of_ours_goes_through(command: Callable, config: str):

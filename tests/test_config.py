@@ -1,19 +1,22 @@
 """The config: files and overrides in, frozen classes out, and what is told where they are wrong."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from gadjax.algorithms.gad import GadConfig
+from gadjax.algorithms.registry import ALGORITHMS
 from gadjax.algorithms.seqkd import SeqkdConfig
 from gadjax.algorithms.warmup import WarmupConfig
 from gadjax.config import Config, dump_config, load_config, make_config, parse_yaml
 from gadjax.errors import UserError
 from gadjax.models.decoder import DecoderConfig
+from gadjax.section import Section
 from gadjax.sharding import MeshConfig, make_mesh
 from gadjax.steps import Models, Programs
 
@@ -49,7 +52,7 @@ def test_every_shipped_config_is_built(file: Path):
     for name in config.stages:
         programs = Programs.of(config, name, 100, models, end_of_turn=1)
         state = models.abstract_state(programs.algorithm.discriminator is not None)
-        assert programs.rows(1 + programs.samples).groups == config.stages[name].batch_groups
+        assert programs.discriminator_rows().groups == config.stages[name].batch_groups
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.student.params))
 
 
@@ -152,6 +155,41 @@ def test_an_unknown_key_gets_the_nearest_known_one(load: Load, text: str, field:
 )
 def test_a_wrong_value_names_its_field(load: Load, text: str, message: str):
     assert told(load, text).startswith(message)
+
+
+def numbers(section: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of all fields of a section, and of those in it, that hold a number."""
+    for name, field in section.model_fields.items():
+        kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if isinstance(kind, type)]
+        here = (*path, field.alias or name)
+        if {int, float} & {*kinds}:
+            yield here
+        for kind in kinds:
+            if issubclass(kind, Section):
+                yield from numbers(kind, here)
+
+
+OF_STAGES = [("stages", name, *path) for name, entry in ALGORITHMS.items() for path in numbers(entry.config)]
+NEEDED = {"teacher": {"price": {"input": 1.0, "output": 1.0}}, "stages": {name: {"algorithm": name} for name in ALGORITHMS}}
+
+
+@pytest.mark.parametrize("path", [*numbers(Config), *OF_STAGES], ids=".".join)
+def test_no_number_may_be_negative(path: tuple[str, ...]):
+    values = copy.deepcopy(NEEDED)
+    *sections, name = path
+    section: dict[str, Any] = values
+    for key in sections:
+        section = section.setdefault(key, {})
+    section[name] = -2
+    with pytest.raises(UserError, match=rf"^{'.'.join(path)}: must be .* \(it is -2\); mend it in the config or on the command line"):
+        make_config(values)
+
+
+def test_the_numbers_are_found():
+    paths = {".".join(path) for path in [*numbers(Config), *OF_STAGES]}
+    assert {"run.seed", "data.row_tokens", "student.random.width", "mesh.fsdp", "teacher.price.input", "optimizer.clip_norm"} <= paths
+    assert {"stages.gad.group_size", "stages.warmup.discriminator.only_first_steps", "stages.seqkd.schedule.floor"} <= paths
+    assert len(paths) > 60
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", ".", "..", "", "-x", "a b", "a\\b", "a\n"])

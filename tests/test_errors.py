@@ -75,6 +75,7 @@ def closed_port() -> str:
         ("run: {seed: x}", "run.seed: must be a valid integer (it is 'x'); "),
         ("stages: {g: {algorithm: gad, group_size: 1}}", "stages.g.group_size: must be greater than or equal to 2 (it is 1); "),
         ("run: {name: ../../a}", "run.name: must be a plain name"),
+        ("data: {max_response_tokens: -1}", "data.max_response_tokens: must be greater than or equal to 1 (it is -1); "),
         ("extends: missing.yaml", "PWD/tiny.yaml: extends: PWD/missing.yaml cannot be read ("),
         ("teacher: {backend: file}", "teacher: backend: file needs `path`"),
     ],
@@ -113,6 +114,9 @@ def test_a_process_of_its_own_says_nothing_else():
         (["prompts.train=prompts.txt"], "prompts.train: prompts.txt is none of .jsonl, "),
         (["prompts.train="], "prompts.train: is not given; name a .jsonl file, or tutor:6000 "),
         (["prompts.train=broken.jsonl"], "broken.jsonl, line 3: is not JSON ("),
+        (["prompts.train=blank.jsonl"], "blank.jsonl, line 2: the prompt is empty; give the last user message a text or leave"),
+        (["prompts.validation=blank.jsonl"], "blank.jsonl, line 2: the prompt is empty; "),
+        (["teacher={backend: file, path: blank.jsonl}", "prompts.train="], "blank.jsonl, line 2: the prompt is empty; "),
         (["prompts.validation=empty.jsonl"], "prompts: there are none to train on, or none held out; give more prompts"),
         (["teacher={backend: file, path: broken.jsonl}", "prompts.train="], "broken.jsonl, line 1: has none of prompt/response"),
         (["teacher.backend=openai", "teacher.api_key_env=UNSET"], "teacher.api_key_env: the environment variable UNSET is not set; "),
@@ -120,6 +124,11 @@ def test_a_process_of_its_own_says_nothing_else():
         (["prompts.train=strange.jsonl"], "prompts: the tutor does not understand 'hello there'; write it like 'Ana asks Ben"),
         (["teacher={backend: file, path: missing.jsonl}"], "teacher.path: there is no file missing.jsonl; correct the path"),
         (["mesh.data=3"], "mesh: data 3 x fsdp 2 x tensor 1 does not make 8 devices; choose sizes "),
+        (
+            ["stages.gad.batch_groups=-1"],
+            "stages.gad.batch_groups: must be greater than or equal to 1 (it is -1); mend it in the config or on",
+        ),
+        (["student.random.width=-8"], "student.random.width: must be greater than or equal to 8 (it is -8); "),
         (["student={random: null, path: nowhere/student}"], "student.path: nowhere/student is neither a folder nor a model"),
         (["student={random: null, path: .}"], "config.json: cannot be read ("),
     ],
@@ -127,6 +136,7 @@ def test_a_process_of_its_own_says_nothing_else():
 )
 def test_what_is_wrong_is_told_before_anything_is_made(told: Told, overrides: list[str], message: str):
     Path("broken.jsonl").write_text('{"prompt": "one"}\n\n{"prompt": "two"\n')
+    Path("blank.jsonl").write_text('{"prompt": "one", "response": "yes"}\n{"prompt": " \\n", "response": "no"}\n')
     Path("prompts.txt").write_text("one\n")
     Path("empty.jsonl").touch()
     Path("strange.jsonl").write_text('{"prompt": "hello there"}\n')
@@ -146,9 +156,25 @@ def break_family(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
 
 
+def change_json(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def break_architecture(folder: Path) -> None:
+    change_json(folder / "config.json", architectures=["LlamaForTokenClassification"])
+
+
 def break_vocabulary(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
+    change_json(folder / "config.json", vocab_size=8)
+
+
+def lose_the_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def lose_the_end_of_turn(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    change_json(folder / "tokenizer_config.json", eos_token=None)
 
 
 def break_weights(folder: Path) -> None:
@@ -180,7 +206,10 @@ def cut_the_weights(folder: Path) -> None:
         (break_tokenizer, "student.path: no tokenizer in model ("),
         (break_config, "model/config.json: cannot be read ("),
         (break_family, "model/config.json: model_type 'gpt2' is not supported; "),
+        (break_architecture, "model/config.json: architectures ['LlamaForTokenClassification'] is not supported; take a LlamaForCausalLM"),
         (break_vocabulary, "model: embeds 8 tokens, its tokenizer has "),
+        (lose_the_template, "student.path: the tokenizer of model has no chat template; take an instruct model or add chat_template.jinja"),
+        (lose_the_end_of_turn, "student.path: neither chat template nor tokenizer names an end of turn; set eos_token in tokenizer_config"),
         (break_weights, "model: has no *.safetensors file; save the model with safetensors"),
         (lose_a_tensor, "model: has no tensor model.norm.weight; "),
         (resize_a_tensor, "model/model.safetensors: tensor model.norm.weight is [3], config.json makes it [8]; "),
@@ -241,8 +270,7 @@ def test_a_part_that_comes_too_early(told: Told, command: str):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from gadjax.report.page import write_report
-from gadjax.runs import CLOCK, LOCK, Run
+from gadjax.runs import Run
 with Run.at(Path(sys.argv[1])).locked():
     print(end=".", flush=True)
     time.sleep(600)

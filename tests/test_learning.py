@@ -152,7 +152,7 @@ def test_the_discriminator_tells_broken_text_from_the_teachers(lab):
     def rows_of_batch() -> PackedRows:
         batch = order.choice(TRAIN, 32, replace=False)
         groups = [[lab.response(lab.answers[i]), *(lab.response(broken(lab.answers[i])) for _ in range(8))] for i in batch]
-        return models.place_rows(pack([lab.prompt(i) for i in batch], groups, programs.rows(9)))
+        return models.place_rows(pack([lab.prompt(i) for i in batch], groups, programs.discriminator_rows()))
 
     scores = np.asarray(programs.score(judge, rows_of_batch()))
     if np.mean(scores[:, :1] > scores[:, 1:]) > 0.5:  # a fresh head is right or wrong by chance: begin with one that is wrong

@@ -21,7 +21,7 @@ from gadjax.algorithms.gad import GadConfig
 from gadjax.algorithms.seqkd import SeqkdConfig
 from gadjax.errors import UserError
 from gadjax.export import export_discriminator
-from gadjax.models.attention import prefill
+from gadjax.models.cache_attention import prefill
 from gadjax.models.checkpoint import FAMILIES, load, read_config, save, tokenizer_files
 from gadjax.models.decoder import (
     DecoderConfig,
@@ -74,9 +74,8 @@ def run(network: Network, params: Params, sequences: list[dict[str, np.ndarray]]
     @jax.jit
     def forward(params: Params) -> tuple[jax.Array, jax.Array]:
         model = network.bind(params)
-        attend = prefill(jnp.asarray(lengths), valid.shape[1])
         positions = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
-        hidden, _ = model.trunk(jnp.asarray(tokens), positions, attend)
+        hidden, _ = model.trunk(jnp.asarray(tokens), positions, prefill)
         return hidden, model.logits(hidden)
 
     hidden, logits = forward(params)
@@ -138,6 +137,33 @@ def test_a_saved_folder_has_the_same_tensors_to_the_bit(name: str, tmp_path: Pat
         assert ours[tensor].dtype == array.dtype
         np.testing.assert_array_equal(ours[tensor], array, err_msg=tensor)
     assert read_config(tmp_path / "saved") == read_config(GOLDENS / name) == (family, dims)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_large_model_is_saved_in_several_files_with_an_index(name: str, tmp_path: Path):
+    dims, params, _ = golden(name)
+    family = FAMILIES[NAMES[name]]
+    save(tmp_path / "saved", family, dims, params, TOKENS, {}, shard_bytes=4000)
+    files = sorted(tmp_path.glob("saved/*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    tensors = [load_file(file) for file in files]
+    assert all(len(held) == 1 or sum(array.nbytes for array in held.values()) <= 4000 for held in tensors)
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {tensor: file.name for file, held in zip(files, tensors, strict=True) for tensor in held}
+    assert index["metadata"]["total_size"] == sum(array.nbytes for held in tensors for array in held.values())
+    shapes = language_model(dims, F32).shapes
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "saved", family, shapes, lambda array, leaf: jnp.asarray(array)), params)
+
+
+def test_weights_can_be_saved_as_bfloat16(tmp_path: Path):
+    dims, params, _ = golden(next(iter(NAMES)))
+    family = FAMILIES[NAMES[next(iter(NAMES))]]
+    save(tmp_path / "saved", family, dims, params, TOKENS, {}, dtype="bfloat16")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {array.dtype for array in load_file(tmp_path / "saved" / "model.safetensors").values()} == {jnp.dtype(jnp.bfloat16)}
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16).astype(np.float32), params)
+    shapes = language_model(dims, F32).shapes
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "saved", family, shapes, lambda array, leaf: jnp.asarray(array)), rounded)
 
 
 @pytest.mark.parametrize("name", NAMES)

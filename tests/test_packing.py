@@ -20,12 +20,13 @@ def batches(draw: st.DrawFn):
     return prompts, answers, rows, length
 
 
-@given(batches())
-def test_every_response_stands_in_the_rows_once_with_its_prompt_before_it(batch):
+@given(batches(), st.booleans())
+def test_every_response_stands_in_the_rows_once_with_its_prompt_before_it(batch, together: bool):
     prompts, answers, rows, length = batch
     responses = len(answers[0])
-    rows = max(rows, RowShape.rows_of_largest(responses, prompt_tokens=P, response_tokens=R, length=length))
-    shape = RowShape.holding(len(prompts), responses, prompt_tokens=P, response_tokens=R, rows=rows, length=length)
+    if together:
+        rows = max(rows, RowShape.rows_of_largest(responses, prompt_tokens=P, response_tokens=R, length=length))
+    shape = RowShape.holding(len(prompts), responses, prompt_tokens=P, response_tokens=R, rows=rows, length=length, together=together)
     packed = pack(prompts, answers, shape)
     cells = packed.cells
     assert packed.total == sum(len(answer) for group in answers for answer in group)
@@ -43,7 +44,7 @@ def test_every_response_stands_in_the_rows_once_with_its_prompt_before_it(batch)
         assert cells.positions_ML[micro, row, first : first + len(prompt)].tolist() == list(range(len(prompt)))
         sources = [first + len(prompt) - 1, *range(span.start, end)]
         assert cells.sources_ML[micro, row, span].tolist() == sources
-    assert all(len(set(row)) == 1 for row in packed.micro_BJ.tolist()), "a group is spread over micro-batches"
+    assert not together or all(len(set(row)) == 1 for row in packed.micro_BJ.tolist()), "a group is spread over micro-batches"
     assert (cells.sources_ML >= 0).sum() == packed.total
     assert ((cells.segments_ML >= 0) == (cells.tokens_ML > 0)).all()
     assert packed.used == packed.micro_BJ.max() + 1
@@ -85,6 +86,13 @@ def test_log_probabilities_stand_beside_their_tokens():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
         pack([[1] * 9], [[[2]]], RowShape(groups=1, micro_batches=1, rows=1, length=9))
+
+
+def test_pieces_that_need_not_stay_together_fill_the_rows_of_several_micro_batches():
+    shape = RowShape.holding(2, 3, prompt_tokens=P, response_tokens=R, rows=1, length=P + R, together=False)
+    assert shape.micro_batches == 6
+    packed = pack([[1] * P] * 2, [[[2] * R] * 3] * 2, shape)
+    assert packed.used == 6 and sorted(packed.micro_BJ.ravel().tolist()) == list(range(6))
 
 
 def test_the_shape_holds_a_batch_of_largest_groups():

@@ -29,12 +29,12 @@ from gadjax.algorithms.gad import make_score
 from gadjax.config import DataConfig
 from gadjax.data.packing import RowShape, pack
 from gadjax.export import with_padding
-from gadjax.models.attention import prefill
+from gadjax.models.cache_attention import prefill
 from gadjax.models.checkpoint import load, read_config, save, tokenizer_files
 from gadjax.models.decoder import DecoderConfig, discriminator, discriminator_params, language_model
 from gadjax.models.fresh import FreshConfig, write_fresh
 from gadjax.optimizer import OptimizerConfig, make_optimizer
-from gadjax.rollout.engine import SamplingPlan
+from gadjax.rollout.decode import SamplingPlan
 from gadjax.sharding import MeshConfig, make_mesh
 from gadjax.steps import Models, Sampler
 from gadjax.text import Text
@@ -134,7 +134,7 @@ def ours(dims: DecoderConfig, params: Params, sequences: list[np.ndarray]) -> li
     def forward(params: Params) -> tuple[jax.Array, jax.Array]:
         model = network.bind(params)
         positions = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
-        hidden, _ = model.trunk(jnp.asarray(tokens), positions, prefill(jnp.asarray(lengths), valid.shape[1]))
+        hidden, _ = model.trunk(jnp.asarray(tokens), positions, prefill)
         return hidden, model.logits(hidden)
 
     hidden, logits = map(np.asarray, forward(params))
@@ -192,7 +192,7 @@ def saved(request: pytest.FixtureRequest, torch: Any, tmp_path_factory: pytest.T
     dims, params = read(base / "theirs")
     assert dims.vocabulary > text.vocabulary_size  # padded beyond the tokenizer
     tokens = {"eos_token_id": text.end_of_turn, "pad_token_id": text.pad}
-    save(base / "ours", read_config(base / "theirs")[0], dims, params, tokens, tokenizer_files(base / "tokenizer"))
+    save(base / "ours", read_config(base / "theirs")[0], dims, params, tokens, tokenizer_files(base / "tokenizer"), shard_bytes=20_000)
     assert read_config(base / "ours") == read_config(base / "theirs")
     return base / "ours"
 
@@ -281,7 +281,9 @@ def test_a_saved_discriminator_scores_a_padded_batch_as_ours(torch: Any, name: s
     answers = [[text.response_ids("the sea", 100, truncated=True), text.response_ids("quiet", 100)] for _ in QUESTIONS]
     responses = [[*group, text.response_ids(question, 100)] for group, question in zip(answers, QUESTIONS, strict=True)]
     longest = {"prompt_tokens": max(map(len, prompts)), "response_tokens": max(len(ids) for group in responses for ids in group)}
-    shape = RowShape.holding(len(prompts), 3, **longest, rows=2, length=longest["prompt_tokens"] + 3 * longest["response_tokens"])
+    shape = RowShape.holding(
+        len(prompts), 3, **longest, together=True, rows=2, length=longest["prompt_tokens"] + 3 * longest["response_tokens"]
+    )
     scores_BJ = jax.jit(make_score(network))(params, pack(prompts, responses, shape))
 
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "saved")

@@ -149,6 +149,17 @@ def test_only_prompts_that_all_stages_answered_are_shown_and_not_too_many(run: P
     assert "12 of 100 validation prompts" in text
 
 
+def test_all_answers_of_the_teacher_to_a_prompt_are_shown_and_counted(run: Path):
+    for stage in ("seqkd", "gad"):
+        twice = [answer_row(0, f"{stage} says {number}.", style) for number, style in enumerate(("song", "none"))]
+        twice[1]["teacher"] |= {"text": "taught otherwise"}
+        write_answers(run, stage, [*twice, answer_row(1, "once", "song")])
+    text = page(run).text
+    assert "2 of 2 validation prompts" in text
+    assert "taught 0" in text and "taught otherwise" in text
+    assert "teacher, none: 0.3333" in text and "gad, none: 0.3333" in text
+
+
 def test_long_answers_are_cut(run: Path):
     for stage in ("seqkd", "gad"):
         write_answers(run, stage, [answer_row(0, "y" * 50_000)])

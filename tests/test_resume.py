@@ -19,11 +19,13 @@ from gadjax.session import Session
 from gadjax.types import Role, TrainState
 from tests import tiny
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for five processes
+pytestmark = pytest.mark.timeout(600)  # the first test waits for six processes
+
+STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
 
 # gadjax, which sends itself a signal as soon as a step's row is written.
 STOPPED = """
-import os, sys
+import os, signal, sys
 from gadjax import metrics
 from gadjax.cli import main
 
@@ -36,40 +38,47 @@ def write_and_stop(log, at, row):
         os.kill(os.getpid(), int(number))
 
 metrics.MetricsLog.write = write_and_stop
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have them ignore it
 main()
 """
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiny.Tiny, dict[str, str]]:
-    """The experiment, stopped three times, and what each of its four processes said."""
+    """The experiment, stopped four times, and what each of its five processes said."""
     base = tmp_path_factory.getbasetemp()
     tiny.finished(base)  # first, so that it fills the compiler's cache
     experiment = tiny.Tiny.make(base, "resumed")
     said = {}
-    for stop in (f"warmup:5:{signal.SIGKILL}", f"gad:3:{signal.SIGINT}", f"gad:6:{signal.SIGKILL}"):
-        done = experiment.gadjax(stop, "run", "tiny.yaml", program=STOPPED)
-        stage, step, number = stop.split(":")
-        assert done.returncode == (130 if int(number) == signal.SIGINT else -signal.SIGKILL), done.stderr
-        assert read(experiment.run / "stages" / stage / "metrics.jsonl")[-1]["step"] == int(step)
-        said[stop] = done.stderr
+    for stage, step, number in (
+        ("warmup", 5, signal.SIGKILL),
+        ("gad", 3, signal.SIGINT),
+        ("gad", 5, signal.SIGTERM),
+        ("gad", 6, signal.SIGKILL),
+    ):
+        done = experiment.gadjax(f"{stage}:{step}:{number}", "run", "tiny.yaml", program=STOPPED)
+        assert done.returncode == STATUS[number], done.stderr
+        assert read(experiment.run / "stages" / stage / "metrics.jsonl")[-1]["step"] == step
+        said[f"{stage} {step}"] = done.stderr
     last = experiment.gadjax("run", "tiny.yaml")
     assert last.returncode == 0, last.stderr
     return experiment, said | {"last": last.stderr}
 
 
-def test_an_interruption_is_told_in_one_line(resumed: tuple[tiny.Tiny, dict[str, str]]):
-    said = resumed[1][f"gad:3:{signal.SIGINT}"]
+@pytest.mark.parametrize("stopped", ["gad 3", "gad 5"], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interruption_is_told_in_one_line(resumed: tuple[tiny.Tiny, dict[str, str]], stopped: str):
+    said = resumed[1][stopped]
     assert said.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
     assert "Traceback" not in said and "Error" not in said
 
 
 def test_stages_go_on_from_their_last_checkpoint(resumed: tuple[tiny.Tiny, dict[str, str]]):
-    _, killed, killed_again, last = resumed[1].values()
-    # The checkpoint after step 4 was being written when it was killed in step 5 (6): it may be whole or not there.
-    assert re.findall(r"^(\w+): goes on after step (\d)", killed, re.M)[0] in [("warmup", "2"), ("warmup", "4")]
-    assert re.findall(r"^(\w+): goes on after step (\d)", killed_again, re.M) == [("gad", "2")]  # Ctrl-C waits for the checkpoint
-    assert re.findall(r"^(\w+): goes on after step (\d)", last, re.M)[0] in [("gad", "2"), ("gad", "4")]
+    _, *began = (re.findall(r"^(\w+): goes on after step (\d)", said, re.M) for said in resumed[1].values())
+    # The checkpoint after step 4 was being written when it was killed in step 5: it may be whole or not there.
+    assert began[0][0] in [("warmup", "2"), ("warmup", "4")]
+    # Ctrl-C and SIGTERM wait for the checkpoint.
+    assert began[1:] == [[("gad", "2")], [("gad", "4")], [("gad", "4")]]
+    last = resumed[1]["last"]
     assert "collect: 48/48" in last and "WARNING" not in "".join(resumed[1].values())
     assert not re.search(r"^(seqkd|warmup): \d/", last, re.M)  # finished stages are left alone
 
@@ -175,12 +184,27 @@ def test_what_a_killed_process_left_is_cleared_by_the_next_writer_only(tmp_path:
     assert (tmp_path / "2" / MANIFEST).is_file()
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_kept(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+SEQKD = f"algorithm: seqkd, {tiny.COMMON.replace('1e-3', '1e38')}, checkpoint_every: 1"
+JUDGED = f"algorithm: gad, {tiny.SAMPLING}, checkpoint_every: 1, max_steps: 3, discriminator: {{learning_rate: 1e38}}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "told", "kept"),
+    [
+        (SEQKD, r"student/(loss|grad_norm) is (nan|inf) in step 2", [1]),
+        (JUDGED, r"discriminator/(loss|grad_norm) is (nan|inf) in step 2", [1]),
+        # What the last update broke is seen there alone; this rate is infinite in float32.
+        (f"{SEQKD.replace('1e38', '1e39')}, max_steps: 1", r"validation/loss is nan in step 1", []),
+    ],
+    ids=["student", "discriminator", "validation"],
+)
+def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_kept(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, stage: str, told: str, kept: list[int]
+):
     experiment = tiny.Tiny(tmp_path, tmp_path_factory.getbasetemp() / "compiled")
-    (tmp_path / "tiny.yaml").write_text(tiny.CONFIG)
-    stopped = experiment.gadjax("run", "tiny.yaml", "stages.seqkd.learning_rate=1e38", "stages.seqkd.checkpoint_every=1")
+    (tmp_path / "tiny.yaml").write_text(tiny.with_stages(broken=stage))
+    stopped = experiment.gadjax("run", "tiny.yaml")
     assert stopped.returncode == 2, stopped.stderr
-    told = r"gadjax: stages\.seqkd: student/(loss|grad_norm) is (nan|inf) in step 2; lower the learning rate; .*"
-    assert re.fullmatch(told, stopped.stderr.splitlines()[-1])
-    assert [path.name for path in (experiment.run / "stages" / "seqkd" / "checkpoints").iterdir()] == ["1"]
-    assert [row["step"] for row in read(experiment.run / "stages" / "seqkd" / "metrics.jsonl")] == [0, 1]
+    assert re.fullmatch(rf"gadjax: stages\.broken: {told}; lower the learning rate; .*", stopped.stderr.splitlines()[-1])
+    assert [int(path.name) for path in (experiment.run / "stages" / "broken" / "checkpoints").iterdir()] == kept
+    assert [row["step"] for row in read(experiment.run / "stages" / "broken" / "metrics.jsonl")] == [0, *kept]

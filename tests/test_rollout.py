@@ -15,7 +15,7 @@ from gadjax.config import DataConfig
 from gadjax.data.packing import RowShape, pack
 from gadjax.models.decoder import DecoderConfig, discriminator, language_model
 from gadjax.optimizer import OptimizerConfig, make_optimizer
-from gadjax.rollout.engine import SamplingPlan
+from gadjax.rollout.decode import SamplingPlan
 from gadjax.rollout.sampling import integer_probabilities, restrict, sample, stream_keys
 from gadjax.sharding import MeshConfig, make_mesh
 from gadjax.steps import Models, Sampler, responses_of
@@ -122,7 +122,7 @@ def test_greedy_decoding_takes_the_likeliest_token_of_the_full_forward():
 
 
 def test_a_response_ends_with_its_one_end_of_turn_or_is_cut():
-    tokens_BNR, logps_BNR, lengths_BN, ended_BN = sampled()
+    tokens_BNR, logps_BNR, lengths_BN, ended_BN, _ = sampled()
     assert tokens_BNR.shape == (len(PROMPTS), N, R)
     assert set(ended_BN.ravel().tolist()) == {True, False} and len(set(lengths_BN.ravel().tolist())) > 2
     for place in np.ndindex(lengths_BN.shape):
@@ -171,9 +171,10 @@ def test_tokens_are_drawn_from_softmax_at_the_temperature():
 
     @jax.jit
     def draw(position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return sample(jnp.broadcast_to(logits, (1, samples, vocabulary)), stream_keys(KEY, 1, samples), position, T)
+        positions = jnp.full(samples, position)
+        return sample(jnp.broadcast_to(logits, (samples, vocabulary)), stream_keys(KEY, 1, samples)[0], positions, T)
 
-    (first, logps), (second, _) = (jax.tree.map(lambda array: np.asarray(array[0]), draw(jnp.int32(position))) for position in (0, 1))
+    (first, logps), (second, _) = (jax.tree.map(np.asarray, draw(jnp.int32(position))) for position in (0, 1))
     probabilities = np.exp(logits / T) / np.sum(np.exp(logits / T))
     np.testing.assert_allclose(logps, np.log(probabilities)[first], rtol=0, atol=1e-5)
     # Chance exceeds 3 (7 degrees of freedom) and 1.8 (63) less than once in 200.

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test waits for a whole run
 
 STUDENT = {"student/loss", "student/entropy", "student/grad_norm"}
 DISCRIMINATOR = {f"discriminator/{name}" for name in ("loss", "accuracy", "teacher_score", "student_score", "margin", "grad_norm")}
-ROLLOUT = {"rollout/length_mean", "rollout/truncated_fraction", "rollout/tokens_per_second"}
+ROLLOUT = {"rollout/length_mean", "rollout/truncated_fraction", "rollout/tokens_per_second", "time/idle_fraction"}
 MEASURED = {"rouge_l", "overlap_1", "overlap_2", "overlap_3", "overlap_4", "distinct_2", "length_mean"}
 MEASURED |= {"validity", "greedy_validity", "correctness", "reverse_kl"}  # the teacher is the tutor
 VALIDATION = {"validation/loss"} | {f"validation/{name}" for name in MEASURED}
@@ -186,6 +186,15 @@ def test_another_stage_is_exported(run: Path, tmp_path: Path):
     assert sorted(path.name for path in (copy / "export").iterdir()) == ["gad", "warmup"]
     weights = [(folder / "model.safetensors").read_bytes() for folder in (copy / "export" / "gad", run / "export" / "gad")]
     assert weights[0] == weights[1] != (copy / "export" / "warmup" / "model.safetensors").read_bytes()
+
+
+def test_an_export_in_bfloat16_replaces_one_in_float32(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert gadjax("export", str(copy), "--dtype", "bfloat16") == 0
+    assert {str(array.dtype) for array in load_file(copy / "export" / "gad" / "model.safetensors").values()} == {"bfloat16"}
+    assert gadjax("export", str(copy), "--dtype", "int8") == 2
+    assert "gadjax: --dtype: int8 is not offered; use float32 or bfloat16" in capsys.readouterr().err
 
 
 def test_a_discriminator_is_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

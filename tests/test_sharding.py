@@ -64,7 +64,7 @@ def cycle(mesh: MeshConfig, devices: int) -> dict[str, np.ndarray]:
     with jax.transfer_guard("disallow"):
         rollout = programs.sampler(student_role.params, PROMPTS, key, 3)
         ids, logps = responses_of(rollout)
-        both = models.place_rows(pack(PROMPTS, [a + b for a, b in zip(TEACHER, ids, strict=True)], programs.rows(3)))
+        both = models.place_rows(pack(PROMPTS, [a + b for a, b in zip(TEACHER, ids, strict=True)], programs.discriminator_rows()))
         judge_role, scores, judged = programs.discriminator_step(judge_role, both)
         own = models.place_rows(pack(PROMPTS, ids, programs.rows(2), logps))
         student_role, learned = programs.student_step(student_role, own, Guidance(reference, scores))

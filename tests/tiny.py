@@ -27,7 +27,15 @@ stages:
 evaluation: {validation_groups: 8, batch_groups: 8}
 """
 STEPS = {"seqkd": 3, "warmup": 6, "gad": 6}
+COMMON = "batch_groups: 8, learning_rate: 1e-3"  # what the stages of `with_stages` are written with to be compiled once
+SAMPLING = f"{COMMON}, group_size: 2"
 MAIN = "from gadjax.cli import main; main()"
+
+
+def with_stages(**stages: str) -> str:
+    """The config with other stages, each as YAML's `key: value, ...`."""
+    before, after = CONFIG.index("stages:"), CONFIG.index("evaluation:")
+    return CONFIG[:before] + "stages:\n" + "".join(f"  {name}: {{{stage}}}\n" for name, stage in stages.items()) + CONFIG[after:]
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,10 @@ class Tiny:
     compiled: Path
 
     @classmethod
-    def make(cls, base: Path, name: str) -> "Tiny":
+    def make(cls, base: Path, name: str, config: str = CONFIG) -> "Tiny":
         folder = base / name
         folder.mkdir()
-        (folder / "tiny.yaml").write_text(CONFIG)
+        (folder / "tiny.yaml").write_text(config)
         return cls(folder, base / "compiled")
 
     @property

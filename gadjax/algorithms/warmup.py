@@ -15,7 +15,9 @@ class WarmupDiscriminatorConfig(DiscriminatorConfig):
     """The discriminator of a warm-up.
 
     Attributes:
-        only_first_steps: steps at the beginning in which the discriminator learns and the student does not.
+        only_first_steps: steps at the beginning in which the discriminator learns and the student does not. With as many as the
+            stage has (`max_steps: 800, discriminator: {only_first_steps: 800}`) or more the student stays as it came: the ablation
+            without a student's warm-up.
     """
 
     only_first_steps: int = Field(default=10, ge=0)

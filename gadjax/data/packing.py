@@ -24,12 +24,15 @@ class RowShape:
         micro_batches: A, enough for B groups of the largest size.
         rows: M.
         length: L.
+        together: whether all responses of a group share a micro-batch, as the discriminator's loss needs; `rows` must then hold the
+            largest group.
     """
 
     groups: int
     micro_batches: int
     rows: int
     length: int
+    together: bool = True
 
     @staticmethod
     def rows_of_largest(responses: int, *, prompt_tokens: int, response_tokens: int, length: int) -> int:
@@ -37,16 +40,21 @@ class RowShape:
         return -(-responses // max(1, (length - prompt_tokens) // response_tokens))
 
     @classmethod
-    def holding(cls, groups: int, responses: int, *, prompt_tokens: int, response_tokens: int, rows: int, length: int) -> "RowShape":
+    def holding(
+        cls, groups: int, responses: int, *, prompt_tokens: int, response_tokens: int, rows: int, length: int, together: bool = True
+    ) -> "RowShape":
         """The shape that holds any batch of `groups` groups of one prompt of at most P and J responses of at most R tokens.
 
         First fit opens a row only when no open one has room, so every row but the last holds as many groups as would fit
-        if all were of the largest size; the bound on A follows. `rows` must be at least `rows_of_largest`.
+        if all were of the largest size; the bound on A follows. `rows` must be at least `rows_of_largest` for groups that stay together.
         """
         pieces = cls.rows_of_largest(responses, prompt_tokens=prompt_tokens, response_tokens=response_tokens, length=length)
         per_row = length // (prompt_tokens + responses * response_tokens)
-        per_micro_batch = rows * per_row if per_row else rows // pieces
-        return cls(groups=groups, micro_batches=-(-groups // per_micro_batch), rows=rows, length=length)
+        if per_row:
+            micro_batches = -(-groups // (rows * per_row))
+        else:
+            micro_batches = -(-groups // (rows // pieces)) if together else -(-groups * pieces // rows)
+        return cls(groups=groups, micro_batches=micro_batches, rows=rows, length=length, together=together)
 
 
 @dataclass
@@ -69,24 +77,28 @@ class _MicroBatch:
         return rows
 
 
-def _split(prompt: Ids, responses: Sequence[Ids], length: int) -> list[tuple[int, int, int]]:
-    """A group as pieces (first response, one past the last, tokens) that each fit a row; the prompt is repeated in each."""
+_Piece = tuple[int, int, int, int]  # group, first response, one past the last, tokens
+
+
+def _split(group: int, prompt: Ids, responses: Sequence[Ids], length: int) -> list[_Piece]:
+    """A group as pieces that each fit a row; the prompt is repeated in each."""
     pieces, first, size = [], 0, len(prompt)
     for index, response in enumerate(responses):
         if index > first and size + len(response) > length:
-            pieces.append((first, index, size))
+            pieces.append((group, first, index, size))
             first, size = index, len(prompt)
         size += len(response)
-    return [*pieces, (first, len(responses), size)]
+    return [*pieces, (group, first, len(responses), size)]
 
 
 def _assign(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], shape: RowShape) -> list[_MicroBatch]:
-    """Every group's pieces to rows, largest group first, all pieces of a group in one micro-batch."""
-    split = [_split(prompt, answers, shape.length) for prompt, answers in zip(prompts, responses, strict=True)]
-    order = sorted(range(len(split)), key=lambda group: -sum(size for _, _, size in split[group]))
+    """Every group's pieces to rows, the largest first."""
+    units = [_split(group, *texts, shape.length) for group, texts in enumerate(zip(prompts, responses, strict=True))]
+    if not shape.together:
+        units = [[piece] for pieces in units for piece in pieces]
     micro_batches: list[_MicroBatch] = []
-    for group in order:
-        sizes = [size for _, _, size in split[group]]
+    for pieces in sorted(units, key=lambda pieces: -sum(size for *_, size in pieces)):
+        sizes = [size for *_, size in pieces]
         for micro_batch in micro_batches:
             if (rows := micro_batch.place(sizes)) is not None:
                 break
@@ -95,8 +107,8 @@ def _assign(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], shape: R
             micro_batches.append(micro_batch)
             rows = micro_batch.place(sizes)
         if rows is None or len(micro_batches) > shape.micro_batches:
-            raise ValueError(f"group {group} of {sum(sizes)} tokens does not fit {shape}")
-        for (first, last, _), row in zip(split[group], rows, strict=True):
+            raise ValueError(f"group {pieces[0][0]} of {sum(sizes)} tokens does not fit {shape}")
+        for (group, first, last, _), row in zip(pieces, rows, strict=True):
             micro_batch.pieces[row].append((group, first, last))
     return micro_batches
 

@@ -1,9 +1,6 @@
-"""Group attention: who may read whom, in a packed row, in a prefill and in a decode step.
+"""Group attention: who may read whom in a packed row, and the `Attend` in which the ways of running the decoder differ.
 
-Each maker returns an `Attend`: the one thing that differs between the three ways of running the decoder.
-
-Letters: M rows, L tokens of a row, Q queries, W keys, B groups, N responses per group, P prompt tokens, R response tokens,
-K key/value heads, G query heads per key/value head, H head width.
+Letters: M rows, L tokens of a row, Q queries, W keys, K key/value heads, G query heads per key/value head, H head width.
 """
 
 from typing import Any, Protocol
@@ -61,48 +58,3 @@ def biased_attention(query: jax.Array, key: jax.Array, value: jax.Array, bias_MQ
     out = jnp.einsum("mkqw,mkwh->mkqh", weights_MKQW, value.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
     out = out.reshape(rows, kv_heads * group, queries, width) / total_MGQ[..., None]
     return out.reshape(rows, kv_heads, group, queries, width).transpose(0, 3, 1, 2, 4).astype(value.dtype)
-
-
-def prefill(lengths_B: jax.Array, prompt_tokens: int) -> Attend:
-    """Causal attention over prompts padded on the right to P; remembers keys and values as [B, K, P, H]."""
-    segments_BP = jnp.where(jnp.arange(prompt_tokens)[None, :] < lengths_B[:, None], 0, -1)
-    bias_BPP = jnp.where(group_mask(segments_BP, jnp.full_like(segments_BP, -1)), 0.0, MASKED)
-
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
-        del memory
-        return biased_attention(query, key, value, bias_BPP), (key.swapaxes(1, 2), value.swapaxes(1, 2))
-
-    return attend
-
-
-def decode(prompt_lengths_B: jax.Array, response_length: jax.Array) -> Attend:
-    """One new token of every response, read against the prompt's cache, the response's own cache and itself.
-
-    The prompt's keys and values, [B, K, P, H], are stored once per group and read by all its N samples in one matrix
-    product; the responses' are [B, N, K, R, H], of which the first `response_length` are filled. The three parts are
-    one softmax. What is remembered is the new token's key and value alone, [B, N, K, H]: the caller writes them into
-    the cache, in place.
-    """
-
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
-        (prompt_key, prompt_value), (response_key, response_value) = memory
-        scale = query.shape[-1] ** -0.5
-        prompt_tokens, response_tokens = prompt_key.shape[2], response_key.shape[3]
-        on_prompt = jnp.einsum("bnkgh,bkph->bnkgp", query, prompt_key, preferred_element_type=jnp.float32)
-        on_response = jnp.einsum("bnkgh,bnkrh->bnkgr", query, response_key, preferred_element_type=jnp.float32)
-        on_itself = jnp.einsum("bnkgh,bnkh->bnkg", query, key, preferred_element_type=jnp.float32)
-        in_prompt = (jnp.arange(prompt_tokens)[None, :] < prompt_lengths_B[:, None])[:, None, None, None, :]
-        in_response = jnp.arange(response_tokens)[None, None, None, None, :] < response_length
-        scores = jnp.concatenate(
-            [jnp.where(in_prompt, on_prompt, MASKED), jnp.where(in_response, on_response, MASKED), on_itself[..., None]], axis=-1
-        )
-        weights = jax.nn.softmax(scores * scale, axis=-1).astype(value.dtype)
-        of_prompt, of_response, of_itself = jnp.split(weights, [prompt_tokens, prompt_tokens + response_tokens], axis=-1)
-        out = (
-            jnp.einsum("bnkgp,bkph->bnkgh", of_prompt, prompt_value)
-            + jnp.einsum("bnkgr,bnkrh->bnkgh", of_response, response_value)
-            + of_itself * value[:, :, :, None, :]
-        )
-        return out, (key, value)
-
-    return attend

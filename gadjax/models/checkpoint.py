@@ -5,12 +5,15 @@ renamed, so that it is there whole or not at all.
 """
 
 import json
+import operator
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -24,6 +27,7 @@ from gadjax.types import Params
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen2.FAMILY, qwen3.FAMILY, llama3.FAMILY)}
 
 WHERE = "student.path"
+SHARD_BYTES = 5_000_000_000  # of one file of weights, as transformers splits them
 # What a tokenizer consists of in a folder; copied as it is from the student to an export.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt")
 
@@ -146,7 +150,17 @@ def load(folder: Path, family: Family, shapes: Params, place: Callable[[np.ndarr
     return params
 
 
-def save(folder: Path, family: Family, config: DecoderConfig, params: Params, tokens: dict[str, int], files: Mapping[str, bytes]) -> None:
+def save(
+    folder: Path,
+    family: Family,
+    config: DecoderConfig,
+    params: Params,
+    tokens: dict[str, int],
+    files: Mapping[str, bytes],
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes parameters as a folder that transformers loads: a student's as a causal language model, a discriminator's as a
     sequence classifier with one label, the score.
 
@@ -154,19 +168,17 @@ def save(folder: Path, family: Family, config: DecoderConfig, params: Params, to
         folder: where; must not exist.
         family: which.
         config: the dimensions.
-        params: float32 parameters.
+        params: float32 parameters, on the host or on the devices; those of one file are copied at a time.
         tokens: `eos_token_id` and `pad_token_id` for config.json and generation_config.json.
         files: what else belongs into it, by name: the tokenizer.
+        dtype: of the written tensors, "float32" or "bfloat16".
+        shard_bytes: the most that one file holds, as long as one tensor does not.
     """
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    tensors: dict[str, np.ndarray] = {}
-    for tensor, leaf in _leaves(family, params):
-        layers = np.asarray(leaf) if tensor.stacked else np.asarray(leaf)[None]
-        tensors |= {name: tensor.to_theirs(layer) for name, layer in zip(tensor.names(len(layers)), layers, strict=True)}
-    save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-    described = {"dtype": "float32"} | family.write(config) | tokens
+    _save_tensors(beside, family, params, jnp.dtype(dtype), shard_bytes)
+    described = {"dtype": dtype} | family.write(config) | tokens
     if "head" in params:
         described |= {"architectures": [family.classifier]} | SCORE
     else:
@@ -176,3 +188,29 @@ def save(folder: Path, family: Family, config: DecoderConfig, params: Params, to
     for name, content in files.items():
         (beside / name).write_bytes(content)
     beside.rename(folder)
+
+
+def _save_tensors(folder: Path, family: Family, params: Params, dtype: np.dtype, shard_bytes: int) -> None:
+    """Writes `model.safetensors`, or several files and their index as transformers has them."""
+    shards: list[list[tuple[str, Tensor, Callable[[], Any]]]] = [[]]
+    sizes = [0]
+    for tensor, leaf in _leaves(family, params):
+        for layer, name in enumerate(tensor.names(leaf.shape[0])):
+            size = leaf.size // (leaf.shape[0] if tensor.stacked else 1) * dtype.itemsize
+            if shards[-1] and sizes[-1] + size > shard_bytes:
+                shards.append([])
+                sizes.append(0)
+            shards[-1].append((name, tensor, partial(operator.getitem, leaf, layer if tensor.stacked else ...)))
+            sizes[-1] += size
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(
+            {name: tensor.to_theirs(np.asarray(read())).astype(dtype) for name, tensor, read in shard},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+    if len(files) > 1:
+        index = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
+        described = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(described, indent=2) + "\n")

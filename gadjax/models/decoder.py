@@ -5,12 +5,13 @@ constructors; shardings, checkpoints and Hugging Face names derive from that. Th
 the layers run under `jax.lax.scan`.
 
 Letters: D model width, H head width, K key/value heads, G query heads per key/value head, F feed-forward width,
-V vocabulary. `...` is whatever shape the tokens come in: [M, L] in packed rows, [B, P] in a prefill, [B, N] in a decode step.
+V vocabulary. `...` is whatever shape the tokens come in: [M, L] in packed rows, [B, P] in a prefill, [S] in a decode step.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from flax import nnx
 from gadjax.models.attention import Attend, Memory
 from gadjax.models.row_attention import AttendRows, dense
 from gadjax.types import Params
+
+Unrolled = Callable[[jax.Array, jax.Array, Attend, Sequence[Memory]], tuple[jax.Array, list[Memory]]]
 
 # Decoders of so few layers are unrolled: a loop of 3 costs more in its carries than it saves in compilation.
 UNROLLED_LAYERS = 4
@@ -223,6 +226,24 @@ class Trunk(nnx.Module):
             layer = jax.checkpoint(layer)
         x, memory = jax.lax.scan(layer, x, (layers, memory), unroll=self.config.layers <= UNROLLED_LAYERS)
         return rms_norm(x, self.norm[...], self.config.norm_epsilon), memory
+
+    def unrolled(self) -> "Unrolled":
+        """The trunk for a loop of many short calls: the layers' weights are taken apart here, once, and not in every call.
+
+        Its memory, going in and coming out, is a list with an entry for each layer.
+        """
+        structure, stacked = nnx.split(self.blocks)
+        blocks = [nnx.merge(structure, jax.tree.map(itemgetter(i), stacked)) for i in range(self.config.layers)]
+
+        def run(tokens: jax.Array, positions: jax.Array, attend: Attend, memory: Sequence[Memory]) -> tuple[jax.Array, list[Memory]]:
+            x = self.embedding[...][tokens].astype(self.dtype)
+            angles, remembered = rotary_angles(positions, self.config), []
+            for block, own in zip(blocks, memory, strict=True):
+                x, new = block(x, angles, attend, own)
+                remembered.append(new)
+            return rms_norm(x, self.norm[...], self.config.norm_epsilon), remembered
+
+        return run
 
 
 class LanguageModel(nnx.Module):

@@ -14,11 +14,11 @@ CHARACTERS = 8_000  # of one answer
 MODES = {"greedy": "greedy", "sampled_0_8": "T = 0.8", "sampled_1_0": "T = 1"}
 
 Row = dict[str, Any]
-Answers = Mapping[str, Mapping[str, Row]]  # stage -> id of the prompt -> its object
+Answers = Mapping[str, Mapping[str, Row]]  # stage -> id of the prompt -> its object, where `teacher` is a list
 
 
 def read_answers(folder: Path, stages: Sequence[str]) -> Answers:
-    """The objects of each stage that has a file, by the prompt's id.
+    """The objects of each stage that has a file, by the prompt's id; those of one prompt, which has several answers of the teacher, as one.
 
     Raises:
         UserError: a file does not hold such objects.
@@ -27,10 +27,16 @@ def read_answers(folder: Path, stages: Sequence[str]) -> Answers:
 
 
 def _read(path: Path) -> dict[str, Row]:
+    found: dict[str, Row] = {}
     try:
-        return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            prompt = found.setdefault(row["id"], {"messages": row["messages"], "teacher": []} | {mode: [] for mode in MODES})
+            prompt["teacher"].append(row["teacher"])
+            for mode in MODES:
+                prompt[mode] += row.get(mode, [])
     except (ValueError, KeyError, TypeError):
         raise UserError(str(path), "is not a file of answers", "delete it and run `gadjax evaluate`") from None
+    return found
 
 
 def examples(answers: Answers, colours: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -45,7 +51,8 @@ def examples(answers: Answers, colours: Mapping[str, int]) -> list[dict[str, Any
 
 def _example(rows: Mapping[str, Row], colours: Mapping[str, int]) -> dict[str, Any]:
     row = next(iter(rows.values()))
-    teacher = {"title": "teacher", "colour": colours["teacher"], "first": _shown("", row["teacher"]), "others": []}
+    first, *others = (_shown("another answer", answer) for answer in row["teacher"])
+    teacher = {"title": "teacher", "colour": colours["teacher"], "first": first, "others": others}
     title = row["messages"][-1]["content"]
     return {
         "title": title[:120] + "…" * (len(title) > 120),
@@ -55,7 +62,7 @@ def _example(rows: Mapping[str, Row], colours: Mapping[str, int]) -> dict[str, A
 
 
 def _of_stage(stage: str, colour: int, row: Row) -> dict[str, Any]:
-    shown = [_shown(title, row[mode][0]) for mode, title in MODES.items() if row.get(mode)]
+    shown = [_shown(title, row[mode][0]) for mode, title in MODES.items() if row[mode]]
     return {"title": stage, "colour": colour, "first": shown[0], "others": shown[1:]}
 
 
@@ -77,9 +84,9 @@ def _cut(text: str) -> str:
 
 def styles(answers: Answers, colours: Mapping[str, int]) -> Chart | None:
     """The share of each style among the teacher's and the stages' answers, sampled at 0.8; None without the tutor."""
-    given = {stage: [answer for row in rows.values() for answer in row.get("sampled_0_8", [])] for stage, rows in answers.items()}
+    given = {stage: [answer for row in rows.values() for answer in row["sampled_0_8"]] for stage, rows in answers.items()}
     first = next(iter(answers.values()), {})  # the teacher's answers are the same in all files
-    given = {"teacher": [row["teacher"] for row in first.values()]} | given
+    given = {"teacher": [answer for row in first.values() for answer in row["teacher"]]} | given
     counts = {name: Counter(answer["style"] for answer in found if "style" in answer) for name, found in given.items()}
     names = sorted({style for found in counts.values() for style in found}, key=lambda style: (style == "none", style))
     if not names:

@@ -46,6 +46,7 @@ PANELS = (
     Panel("Sampler against trainer", "nats per token", {"rollout/logp_gap": "difference of log-probabilities"}),
     Panel("Probe", "score of a text against itself", {"discriminator/probe_gap": "gap"}),
     Panel("Rollout speed", "tokens per second", {"rollout/tokens_per_second": "speed"}, from_zero=True),
+    Panel("Idle devices", "share of a step in which they wait for the host", {"time/idle_fraction": "idle"}, from_zero=True),
     Panel(
         "Time of a step",
         "seconds",

@@ -1,117 +1,137 @@
-"""Rollouts: prompts in, N sampled responses each out, in one jitted program.
+"""Our own rollouts: continuous batching on the devices of a mesh.
 
-Every prompt is computed once; its keys and values are read by all N samples of its group (`attention.decode`). The
-decode loop stays on the device until every response has ended.
+The device decodes (`gadjax.rollout.decode`); the host gives it prompts. Where all prompts fit at once, everything is given to the
+device without waiting for it. Where they do not, the host looks every few steps, one look behind, which prompts are needed no longer,
+and gives their places to the next ones.
 
-Letters: B groups, N responses per group, P prompt tokens, R response tokens, K key/value heads, H head width.
+Letters: B groups, N samples of each, M = B x N samples, C prompts prefilled together, G places for prompts, S decode slots.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from gadjax.models.attention import decode, prefill
 from gadjax.models.decoder import Network
-from gadjax.rollout.sampling import sample, stream_keys
-from gadjax.sharding import constrain
+from gadjax.rollout.config import RolloutConfig
+from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill
+from gadjax.rollout.sampling import stream_keys
+from gadjax.rollout.slots import Decoding, Order, Prompts, empty, fewer
+from gadjax.sharding import jit_on, named_sharding, replicated, row_multiple
 from gadjax.types import Params, Rollout
 
+Ids = Sequence[int]
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingPlan:
-    """What a rollout program is compiled for.
-
-    Attributes:
-        samples: N.
-        response_tokens: R.
-        temperature: T; 0 is greedy.
-        end_of_turn: the id that ends a response.
-        top_k: the likeliest tokens that are drawn from; None: all.
-        top_p: the share of the mass that is drawn from.
-    """
-
-    samples: int
-    response_tokens: int
-    temperature: float
-    end_of_turn: int
-    top_k: int | None = None
-    top_p: float = 1.0
+SLOTS = 512
+SPARE = 2  # prompts at hand for each that full slots need
+HALVINGS = 2  # of the slots at the end
+FEWEST = 8  # slots that are not halved
+SHORT = 128  # response tokens below which that is not worth its compilation
+PREFILL_TOKENS = 8192  # prefilled together on one device
+SHORTEST = 64  # tokens of the shortest prefill
+NOWHERE = FOREVER = 2**30
 
 
-class _Decoding(NamedTuple):
-    """The carry of the decode loop; arrays as in `Rollout`, caches [layers, B, N, K, R, H]."""
+class Engine:
+    """A `RolloutBackend`; for batches of any number of groups."""
 
-    position: jax.Array
-    tokens_BNR: jax.Array
-    logps_BNR: jax.Array
-    lengths_BN: jax.Array
-    ended_BN: jax.Array
-    cache: tuple[jax.Array, jax.Array]
+    exact = True
 
+    def __init__(self, network: Network, mesh: Mesh, plan: SamplingPlan, prompt_tokens: int, config: RolloutConfig):
+        self._network, self._mesh, self._plan, self._prompt_tokens, self._config = network, mesh, plan, prompt_tokens, config
+        self._params: Params = {}
+        self._version = 0
+        self._begin = jit_on(mesh, self._first, static_argnums=(0, 1))
+        self._prefill = jit_on(mesh, make_prefill(network), donate_argnums=1)
+        self._decode = jit_on(mesh, make_decode(network, plan), donate_argnums=3)
+        self._fewer = jit_on(mesh, fewer, static_argnums=1)
 
-Generate = Callable[[Params, jax.Array, jax.Array, jax.Array], Rollout]
+    def update(self, params: Params, step: int) -> None:
+        """See `RolloutBackend`. The parameters are not copied."""
+        self._params, self._version = params, step
 
+    def generate(self, prompts: Sequence[Ids], key: jax.Array, step: int, limits_BN: np.ndarray | None = None) -> Rollout:
+        """See `RolloutBackend`. The streams depend on (key, step, group, sample, position)."""
+        places, count, together = self._sizes(len(prompts))
+        order, resident, state = self._begin(places, count, *map(self._put, self._asked(prompts, limits_BN)), key, self._put(step))
+        begun, free, homes, looks = 0, list(range(places)), dict[int, int](), deque[jax.Array]()
+        while True:
+            while begun < len(prompts) and len(free) >= (taken := min(together, len(prompts) - begun)):
+                new = dict(zip(range(begun, begun + taken), free, strict=False))
+                resident = self._prefilled(resident, prompts, new, together)
+                begun, free, homes = begun + taken, free[taken:], homes | new
+            if begun == len(prompts):
+                break
+            state, finished_B = self._decoded(order, resident, state, begun, self._config.look_every)
+            finished_B.copy_to_host_async()
+            looks.append(finished_B)
+            if len(looks) > 1:  # one look behind: the device has work while the host looks
+                finished = np.flatnonzero(jax.device_get(looks.popleft())).tolist()
+                free += [homes.pop(group) for group in finished if group in homes]
+        for half in self._halves(count):
+            state, _ = self._decoded(order, resident, state, begun, FOREVER, few=half)
+            state = self._fewer(state, half)
+        state, _ = self._decoded(order, resident, state, begun, FOREVER)
+        return self._rollout(state, len(prompts))
 
-def make_generate(network: Network, plan: SamplingPlan) -> Generate:
-    """Builds `generate(params, prompts_BP, prompt_lengths_B, key) -> Rollout`, to be jitted."""
+    def _sizes(self, groups: int) -> tuple[int, int, int]:
+        """G, S and C."""
+        samples, multiple = self._plan.samples, row_multiple(self._mesh)
 
-    def generate(params: Params, prompts_BP: jax.Array, prompt_lengths_B: jax.Array, key: jax.Array) -> Rollout:
-        model = network.bind(params)
-        groups, prompt_tokens = prompts_BP.shape
-        prompts_BP = constrain(prompts_BP, "groups", None)
-        positions_BP = jnp.broadcast_to(jnp.arange(prompt_tokens)[None, :], prompts_BP.shape)
-        hidden_BPD, prompt_cache = model.trunk(prompts_BP, positions_BP, prefill(prompt_lengths_B, prompt_tokens))
-        last_BD = jnp.take_along_axis(hidden_BPD, (prompt_lengths_B - 1)[:, None, None], axis=1).squeeze(1)
-        logits_BV = model.logits(last_BD)
-        first_BNV = jnp.broadcast_to(logits_BV[:, None], (groups, plan.samples, logits_BV.shape[-1]))
-        keys_BN = stream_keys(key, groups, plan.samples)
+        def rounded_up(number: int) -> int:
+            return -(-number // multiple) * multiple
 
-        def write(state: _Decoding, logits_BNV: jax.Array) -> _Decoding:
-            token_BN, logp_BN = sample(logits_BNV, keys_BN, state.position, plan.temperature, plan.top_k, plan.top_p)
-            running_BN = ~state.ended_BN
-            return state._replace(
-                position=state.position + 1,
-                tokens_BNR=state.tokens_BNR.at[:, :, state.position].set(jnp.where(running_BN, token_BN, 0)),
-                logps_BNR=state.logps_BNR.at[:, :, state.position].set(jnp.where(running_BN, logp_BN, 0.0)),
-                lengths_BN=state.lengths_BN + running_BN.astype(jnp.int32),
-                ended_BN=state.ended_BN | (token_BN == plan.end_of_turn),
-            )
+        count = rounded_up(min(groups * samples, self._config.slots or SLOTS))
+        places = rounded_up(min(groups, self._config.prompts or SPARE * -(-count // samples)))
+        return places, count, min(places, multiple * max(1, PREFILL_TOKENS // self._prompt_tokens))
 
-        def step(state: _Decoding) -> _Decoding:
-            previous = state.position - 1
-            token_BN = jax.lax.dynamic_index_in_dim(state.tokens_BNR, previous, axis=2, keepdims=False)
-            positions_BN = jnp.broadcast_to((prompt_lengths_B + previous)[:, None], token_BN.shape)
-            memory = (prompt_cache, state.cache)
-            hidden_BND, new = model.trunk(token_BN, positions_BN, decode(prompt_lengths_B, previous), memory)
-            cache = tuple(old.at[:, :, :, :, previous].set(now) for old, now in zip(state.cache, new, strict=True))
-            return write(state._replace(cache=cache), model.logits(hidden_BND))
+    def _halves(self, count: int) -> list[int]:
+        """The numbers of slots after `count`."""
+        halvings = self._config.halvings
+        if halvings is None:
+            halvings = HALVINGS if self._plan.response_tokens >= SHORT else 0
+        return [count >> halving for halving in range(1, halvings + 1) if count >> halving >= FEWEST]
 
-        def unfinished(state: _Decoding) -> jax.Array:
-            return (state.position < plan.response_tokens) & ~jnp.all(state.ended_BN)
+    def _asked(self, prompts: Sequence[Ids], limits_BN: np.ndarray | None) -> tuple[Any, ...]:
+        """Lengths and last tokens of the prompts, and the samples' limits."""
+        all_BN = np.full((len(prompts), self._plan.samples), self._plan.response_tokens)
+        limits_BN = all_BN if limits_BN is None else np.minimum(limits_BN, all_BN)
+        return [len(prompt) for prompt in prompts], [prompt[-1] for prompt in prompts], limits_BN.ravel()
 
-        state = jax.lax.while_loop(unfinished, step, write(_empty(plan, groups, prompt_cache), first_BNV))
-        return Rollout(state.tokens_BNR, state.logps_BNR, state.lengths_BN, state.ended_BN)
+    def _first(
+        self, places: int, count: int, lengths_B: jax.Array, last_B: jax.Array, limits_M: jax.Array, key: jax.Array, step: jax.Array
+    ) -> tuple[Order, Prompts, Decoding]:
+        """The order, and nothing done yet."""
+        keys_BN = stream_keys(jax.random.fold_in(key, step), lengths_B.shape[0], self._plan.samples)
+        order = Order(lengths_B, last_B, keys_BN.reshape(-1), limits_M)
+        trunk = self._network.bind(self._network.shapes).trunk
+        return order, *empty(trunk, order, places, self._prompt_tokens, count, self._plan.response_tokens)
 
-    return generate
+    def _prefilled(self, resident: Prompts, prompts: Sequence[Ids], new: dict[int, int], together: int) -> Prompts:
+        """Prefills prompts; `new` tells the places of these groups."""
+        least = max(len(prompts[group]) for group in new)
+        whole = self._prompt_tokens
+        bucket = next(tokens for tokens in (whole // 4, whole // 2, whole) if tokens >= max(least, min(SHORTEST, whole)))
+        ids, lengths = np.zeros((together, bucket), np.int32), np.ones(together, np.int32)
+        for row, group in enumerate(new):
+            lengths[row] = len(prompts[group])
+            ids[row, : lengths[row]] = prompts[group]
+        none = [NOWHERE] * (together - len(new))
+        tokens = jax.device_put(ids, named_sharding(("groups", None), ids.shape, self._mesh))
+        return self._prefill(self._params, resident, tokens, *map(self._put, (lengths, [*new, *none], [*new.values(), *none])))
 
+    def _decoded(
+        self, order: Order, resident: Prompts, state: Decoding, begun: int, steps: int, few: int = 0
+    ) -> tuple[Decoding, jax.Array]:
+        return self._decode(self._params, resident, order, state, *map(self._put, (begun * self._plan.samples, steps, few)))
 
-def _empty(plan: SamplingPlan, groups: int, prompt_cache: tuple[jax.Array, jax.Array]) -> _Decoding:
-    """Nothing decoded yet. The response cache has the layers, key/value heads and width of the prompt's [layers, B, K, P, H]."""
-    responses = (groups, plan.samples)
+    def _put(self, values: Any) -> jax.Array:
+        return jax.device_put(np.asarray(values, np.int32), replicated(self._mesh))
 
-    def cache_like(prompt_part: jax.Array) -> jax.Array:
-        layers, _, kv_heads, _, head_width = prompt_part.shape
-        shape = (layers, *responses, kv_heads, plan.response_tokens, head_width)
-        return constrain(jnp.zeros(shape, prompt_part.dtype), None, "groups", None, "kv_heads", None, None)
-
-    return _Decoding(
-        position=jnp.int32(0),
-        tokens_BNR=jnp.zeros((*responses, plan.response_tokens), jnp.int32),
-        logps_BNR=jnp.zeros((*responses, plan.response_tokens), jnp.float32),
-        lengths_BN=jnp.zeros(responses, jnp.int32),
-        ended_BN=jnp.zeros(responses, bool),
-        cache=(cache_like(prompt_cache[0]), cache_like(prompt_cache[1])),
-    )
+    def _rollout(self, state: Decoding, groups: int) -> Rollout:
+        shape = (groups, self._plan.samples)
+        made = [array.reshape(*shape, *array.shape[1:]) for array in jax.device_get(state.responses)]
+        return Rollout(*made, np.full(shape, self._version, np.int32))  # pyright: ignore[reportCallIssue]

@@ -1,10 +1,12 @@
 """The next token: temperature, top-k, top-p, and a random stream that depends on (seed, step, group, sample, position) alone.
 
-Letters: B groups, N responses per group, V vocabulary.
+Letters: B groups, N responses per group, S decode slots, V vocabulary, C chunks of the vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
+
+CHUNKS = 128  # of the vocabulary; divides those of Qwen and Llama, so that each device of a mesh has whole chunks
 
 
 def stream_keys(key: jax.Array, groups: int, samples: int) -> jax.Array:
@@ -42,34 +44,52 @@ def restrict(weights: jax.Array, top_k: int | None, top_p: float) -> jax.Array:
     return weights
 
 
-def sample(
-    logits_BNV: jax.Array, keys_BN: jax.Array, position: jax.Array, temperature: float, top_k: int | None = None, top_p: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-    """Draws one token for every response.
+def draw(weights_SV: jax.Array, keys_S: jax.Array) -> jax.Array:
+    """[S] int32 indices with probabilities in proportion to integer weights, by inverse distribution.
 
-    The draw is by inverse distribution: one random number against the cumulated probabilities, which costs a pass over the
-    vocabulary where Gumbel noise costs a random number for every entry of it.
+    One random number each, looked up in two steps: the chunk of the vocabulary by the chunks' sums, then the token in that chunk.
+    Integers add up the same whichever way, so that this is what one cumulated sum over the vocabulary gives, for a small part of
+    the work.
+    """
+    slots, vocabulary = weights_SV.shape
+    size = -(-vocabulary // CHUNKS)
+    weights_SCv = jnp.pad(weights_SV, ((0, 0), (0, CHUNKS * size - vocabulary))).reshape(slots, CHUNKS, size)
+    until_SC = jnp.cumsum(jnp.sum(weights_SCv, axis=-1), axis=-1)
+    drawn_S = jax.vmap(lambda key, total: jax.random.randint(key, (), 0, total))(keys_S, until_SC[:, -1])
+    chunk_S = _count(until_SC, drawn_S)
+    weights_Sv = jnp.take_along_axis(weights_SCv, chunk_S[:, None, None], axis=1).squeeze(1)
+    before_S = jnp.take_along_axis(until_SC, chunk_S[:, None], axis=1).squeeze(1) - jnp.sum(weights_Sv, axis=-1)
+    return chunk_S * size + _count(jnp.cumsum(weights_Sv, axis=-1), drawn_S - before_S)
+
+
+def _count(until: jax.Array, drawn_S: jax.Array) -> jax.Array:
+    """How many of the cumulated sums [S, ...] do not exceed what was drawn: the index that was drawn."""
+    return jnp.sum(until <= drawn_S[:, None], axis=-1, dtype=jnp.int32)
+
+
+def sample(
+    logits_SV: jax.Array, keys_S: jax.Array, positions_S: jax.Array, temperature: float, top_k: int | None = None, top_p: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Draws one token in every slot.
 
     Args:
-        logits_BNV: float32.
-        keys_BN: the samples' keys.
-        position: index of the token in its response.
+        logits_SV: float32.
+        keys_S: the samples' keys.
+        positions_S: index of the token in its response.
         temperature: T; 0 takes the likeliest token.
         top_k: see `restrict`.
         top_p: see `restrict`.
 
     Returns:
-        [B, N] int32 tokens, and [B, N] float32 log softmax(logits / T) of them over the whole vocabulary (at T = 1 for greedy
-        decoding).
+        [S] int32 tokens, and [S] float32 log softmax(logits / T) of them over the whole vocabulary (at T = 1 for greedy decoding).
     """
     if temperature == 0:
-        token = jnp.argmax(logits_BNV, axis=-1).astype(jnp.int32)
-        scaled = logits_BNV
+        scaled_SV, token_S = logits_SV, jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
     else:
-        scaled = logits_BNV / temperature
-        cumulated = jnp.cumsum(restrict(integer_probabilities(scaled), top_k, top_p), axis=-1)
-        draw_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_BN, position)
-        draw = jax.vmap(jax.vmap(lambda key, total: jax.random.randint(key, (), 0, total)))(draw_keys, cumulated[..., -1])
-        token = jnp.sum(cumulated <= draw[..., None], axis=-1, dtype=jnp.int32)
-    logps = jax.nn.log_softmax(scaled, axis=-1)
-    return token, jnp.take_along_axis(logps, token[..., None], axis=-1).squeeze(-1)
+        scaled_SV = logits_SV / temperature
+        weights_SV = restrict(integer_probabilities(scaled_SV), top_k, top_p)
+        token_S = draw(weights_SV, jax.vmap(jax.random.fold_in)(keys_S, positions_S))
+    chosen_S = jnp.take_along_axis(scaled_SV, token_S[:, None], axis=-1).squeeze(-1)
+    largest_S = jnp.max(scaled_SV, axis=-1)
+    total_S = jnp.sum(jnp.exp(scaled_SV - largest_S[:, None]), axis=-1)
+    return token_S, chosen_S - largest_S - jnp.log(total_S)

@@ -1,0 +1,107 @@
+"""Attention with caches: a prefill that fills them, and a decode step that reads them.
+
+Letters: B prompts prefilled together, G places for prompts, N samples of a prompt, S decode slots, P prompt tokens, R response
+tokens, K key/value heads, Q query heads per key/value head, H head width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gadjax.models.attention import MASKED, Attend, Memory
+
+PREFILL_BLOCK = 256  # queries of a prompt that are scored together
+
+
+class Part(NamedTuple):
+    """A softmax over a part of the keys, to be merged with another part.
+
+    Attributes:
+        top: [...] the largest score, float32.
+        total: [...] sum of exp(score - top).
+        out: [..., H] sum of exp(score - top) * value.
+    """
+
+    top: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+
+def _read(query: jax.Array, keys: jax.Array, values: jax.Array, readable: jax.Array) -> Part:
+    """Queries [..., q, H], already scaled, against keys [..., H, t] and values [..., t, H]; `readable` broadcasts to [..., q, t]."""
+    scores = jnp.einsum("...qh,...ht->...qt", query, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(readable, scores, MASKED)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    out = jnp.einsum("...qt,...th->...qh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return Part(top, jnp.sum(weights, axis=-1), out)
+
+
+def _merge(one: Part, other: Part) -> jax.Array:
+    """The softmax over both parts. A part in which nothing was readable has no weight beside one with something."""
+    top = jnp.maximum(one.top, other.top)
+    ours, theirs = jnp.exp(one.top - top), jnp.exp(other.top - top)
+    total = one.total * ours + other.total * theirs
+    return (one.out * ours[..., None] + other.out * theirs[..., None]) / total[..., None]
+
+
+def prefill(query: jax.Array, key: jax.Array, value: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
+    """An `Attend`: causal attention over prompts [B, P]; remembers keys as [B, K, H, P] and values as [B, K, P, H].
+
+    Prompts are padded on the right, where nothing real looks: no lengths are needed.
+    """
+    del memory
+    prompt_tokens, width = query.shape[1], query.shape[-1]
+    query_BKQPH = (query * width**-0.5).transpose(0, 2, 3, 1, 4)
+    key_BKHP, value_BKPH = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
+    blocks = []
+    for start in range(0, prompt_tokens, PREFILL_BLOCK):
+        end = min(start + PREFILL_BLOCK, prompt_tokens)
+        asking = query_BKQPH[:, :, :, start:end]
+        batch, kv_heads, group, asked, _ = asking.shape
+        not_later = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
+        readable = jnp.broadcast_to(not_later[None], (group, asked, end)).reshape(1, 1, group * asked, end)
+        part = _read(asking.reshape(batch, kv_heads, group * asked, width), key_BKHP[..., :end], value_BKPH[:, :, :end], readable)
+        blocks.append((part.out / part.total[..., None]).reshape(asking.shape))
+    out = jnp.concatenate(blocks, axis=3).astype(value.dtype)
+    return out.transpose(0, 3, 1, 2, 4), (key_BKHP, value_BKPH)
+
+
+def decode(places_S: jax.Array, samples: int, prompt_keys_G: jax.Array, positions_S: jax.Array) -> Attend:
+    """One new token in every slot, read against its prompt's cache and its own response's, into which it goes first.
+
+    The prompts' keys, [G, K, H, P], and values, [G, K, P, H], are stored once; a prompt's N samples read them in one matrix product,
+    for which the slots' queries are put in the order of prompts, and what they read back into the order of slots. The responses' are
+    [S, K, H, R] and [S, K, R, H]; with the new token in them they are what is remembered. (It goes first because the compiler then
+    sees that nobody reads the cache as it was, and writes in place.)
+
+    Args:
+        places_S: g * N + n of the slot's sample; at least G * N in an idle slot.
+        samples: N.
+        prompt_keys_G: how many keys of a prompt can be read.
+        positions_S: where in its response's cache the new token goes; nowhere if that is beyond the end.
+    """
+    places, slots = prompt_keys_G.shape[0], places_S.shape[0]
+    every_S = jnp.arange(slots)
+    slots_GN = jnp.zeros(places * samples, jnp.int32).at[places_S].set(every_S, mode="drop").reshape(places, samples)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
+        (prompt_key, prompt_value), response = memory
+        _, kv_heads, group, width = query.shape
+        query = query * width**-0.5
+        together_GKqH = query[slots_GN].transpose(0, 2, 1, 3, 4).reshape(places, kv_heads, samples * group, width)
+        in_prompt = jnp.arange(prompt_value.shape[2])[None, :] < prompt_keys_G[:, None]
+        of_prompt = _read(together_GKqH, prompt_key, prompt_value, in_prompt[:, None, None, :])
+
+        def of_slots(part: jax.Array) -> jax.Array:
+            apart = part.reshape(places, kv_heads, samples, group, *part.shape[3:]).swapaxes(1, 2)
+            return apart.reshape(places * samples, *apart.shape[2:]).at[places_S].get(mode="clip")
+
+        response_key = response[0].at[every_S, :, :, positions_S].set(key, mode="drop", unique_indices=True)
+        response_value = response[1].at[every_S, :, positions_S].set(value, mode="drop", unique_indices=True)
+        in_response = jnp.arange(response_value.shape[2])[None, :] <= positions_S[:, None]
+        of_response = _read(query, response_key, response_value, in_response[:, None, None, :])
+        return _merge(jax.tree.map(of_slots, of_prompt), of_response).astype(value.dtype), (response_key, response_value)
+
+    return attend

@@ -1,0 +1,108 @@
+"""The two programs of a rollout: a prefill, and the decode loop, which stays on the device.
+
+Letters: B groups, N samples of each, M = B x N samples, C prompts prefilled together, G places for prompts, S decode slots, P prompt
+tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from gadjax.models.cache_attention import decode, prefill
+from gadjax.models.decoder import Network
+from gadjax.rollout.sampling import sample
+from gadjax.rollout.slots import Decoding, Order, Prompts, advanced, prompts_on_mesh, refilled
+from gadjax.sharding import constrain
+from gadjax.types import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """What a rollout program is compiled for.
+
+    Attributes:
+        samples: N.
+        response_tokens: R.
+        temperature: T; 0 is greedy.
+        end_of_turn: the id that ends a response.
+        top_k: the likeliest tokens that are drawn from; None: all.
+        top_p: the share of the mass that is drawn from.
+    """
+
+    samples: int
+    response_tokens: int
+    temperature: float
+    end_of_turn: int
+    top_k: int | None = None
+    top_p: float = 1.0
+
+
+def make_prefill(network: Network) -> Callable[..., Prompts]:
+    """Builds `(params, prompts, tokens_CP, lengths_C, groups_C, places_C) -> prompts`: C groups' prompts into their places.
+
+    P may be less than the places hold. A place beyond the last is none: what would go there is dropped.
+    """
+
+    def fill(
+        params: Params, prompts: Prompts, tokens_CP: jax.Array, lengths_C: jax.Array, groups_C: jax.Array, places_C: jax.Array
+    ) -> Prompts:
+        tokens_CP = constrain(tokens_CP, "groups", None)
+        positions_CP = jnp.broadcast_to(jnp.arange(tokens_CP.shape[1])[None, :], tokens_CP.shape)
+        _, (keys, values) = network.bind(params).trunk(tokens_CP, positions_CP, prefill)
+
+        def written(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[places_C, :, : new.shape[2], : new.shape[3]].set(new, mode="drop")
+
+        caches = [(written(old, keys[layer]), written(older, values[layer])) for layer, (old, older) in enumerate(prompts.caches)]
+        keys_G = prompts.keys_G.at[places_C].set(lengths_C - 1, mode="drop")
+        places_B = prompts.places_B.at[groups_C].set(places_C, mode="drop")
+        return prompts_on_mesh(Prompts(caches, keys_G, places_B))
+
+    return fill
+
+
+def make_decode(network: Network, plan: SamplingPlan) -> Callable[..., tuple[Decoding, jax.Array]]:
+    """Builds `(params, prompts, order, state, ready, steps, few) -> (state, finished_B)`, the decode loop.
+
+    It ends after `steps` steps, or when no sample below `ready` waits and at most `few` slots are at work. `finished_B` tells the
+    groups whose prompts are needed no longer.
+    """
+
+    def run(
+        params: Params, prompts: Prompts, order: Order, state: Decoding, ready: jax.Array, steps: jax.Array, few: jax.Array
+    ) -> tuple[Decoding, jax.Array]:
+        model = network.bind(_in_compute_dtype(network, params))
+        trunk, samples = model.trunk.unrolled(), order.limits_M.shape[0]
+
+        def step(carry: tuple[jax.Array, Decoding]) -> tuple[jax.Array, Decoding]:
+            left, state = carry
+            state = refilled(state, order, ready)
+            slots, sample_S = state.slots, jnp.minimum(state.slots.sample_S, samples - 1)  # idle slots do as the last sample would
+            group_S = sample_S // plan.samples
+            places_S = prompts.places_B[group_S] * plan.samples + sample_S % plan.samples
+            places_S = jnp.where(slots.sample_S < samples, places_S, prompts.keys_G.shape[0] * plan.samples)
+            attend = decode(places_S, plan.samples, prompts.keys_G, slots.position_S)
+            positions_S = order.lengths_B[group_S] - 1 + slots.position_S
+            memory = list(zip(prompts.caches, slots.caches, strict=True))
+            hidden_SD, caches = trunk(slots.input_S, positions_S, attend, memory)
+            keys_S = order.keys_M[sample_S]
+            chosen = sample(model.logits(hidden_SD), keys_S, slots.position_S, plan.temperature, plan.top_k, plan.top_p)
+            return left - 1, advanced(state, caches, *chosen, order.limits_M[sample_S], plan.end_of_turn)
+
+        def going(carry: tuple[jax.Array, Decoding]) -> jax.Array:
+            left, state = carry
+            return (left > 0) & ((state.next < ready) | (jnp.sum(state.slots.sample_S < samples) > few))
+
+        _, state = jax.lax.while_loop(going, step, (steps, state))
+        over_M = state.responses.ended_M | (state.responses.lengths_M >= order.limits_M)
+        return state, constrain(jnp.all(over_M.reshape(-1, plan.samples), axis=1), None)
+
+    return run
+
+
+def _in_compute_dtype(network: Network, params: Params) -> Params:
+    """The parameters as the decoder reads them, cast once for all steps; norms stay float32."""
+    dtype = network.bind(params).trunk.dtype
+    return jax.tree.map(lambda leaf, axes: leaf if "norm" in axes else leaf.astype(dtype), params, network.axes)

@@ -1,0 +1,143 @@
+"""From the teacher's texts to token groups: several answers to a prompt, answers that are missing, and text of another tokenizer."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gadjax import prepare
+from gadjax.data.packing import RowShape, pack
+from gadjax.data.pipeline import batches
+from gadjax.data.snapshot import Example, Snapshot
+from gadjax.evaluation.answers import read_answers
+from gadjax.metrics import read
+from gadjax.models.fresh import CONTROL
+from gadjax.prepare import collect_answers, prepare_data
+from gadjax.runs import Run
+from gadjax.text import Text
+from tests import tiny
+from tests.desk import Reply, desk, error, good, ok
+
+pytestmark = pytest.mark.timeout(600)  # the first test waits for a whole run
+
+
+def counts(examples: list[Example]) -> Counter[str]:
+    """How many groups each prompt has."""
+    return Counter(example.prompt.text for example in examples)
+
+
+# --- several answers --------------------------------------------------------------------------------------------------
+
+TWICE = tiny.with_stages(
+    seqkd=f"algorithm: seqkd, epochs: 1, {tiny.COMMON}",
+    gad=f"algorithm: gad, from: seqkd, max_steps: 1, {tiny.SAMPLING}, discriminator: {{learning_rate: 1e-3}}",
+)
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run with two answers to each of 40 and 8 prompts."""
+    experiment = tiny.Tiny.make(tmp_path_factory.getbasetemp(), "twice", TWICE)
+    done = experiment.gadjax("run", "tiny.yaml", "teacher.samples=2")
+    assert done.returncode == 0, done.stderr
+    return experiment.run
+
+
+def test_each_answer_is_a_group_of_its_own(twice: Path):
+    data, text = Snapshot.open(twice / "data"), Text.load(str(twice / "student"))
+    for split, prompts in ((data.train, 40), (data.validation, 8)):
+        found = list(split)
+        assert sorted(counts(found).values()) == [2] * prompts
+        assert all(example.tokens.teacher == text.response_ids(example.answer.text, 16) for example in found)
+        assert len({(example.prompt.id, example.answer.text) for example in found}) > 1.5 * prompts, "they are different answers"
+    seen = [group for batch in itertools.islice(iter(batches(data.train, 8, seed=0)), 10) for group in batch]
+    assert Counter(seen) == Counter(example.tokens for example in data.train)
+    assert [row["step"] for row in read(twice / "stages" / "seqkd" / "metrics.jsonl")] == list(range(11)), "10 steps are an epoch"
+
+
+def test_evaluation_counts_prompts_and_compares_with_every_answer(twice: Path):
+    held_out = list(Snapshot.open(twice / "data").validation)
+    for stage in ("student", "seqkd", "gad"):
+        for samples in read_answers(twice / "evaluation" / f"{stage}.jsonl").values():
+            pairs = zip(samples.ids, samples.teacher, strict=True)
+            assert Counter(pairs) == Counter((example.prompt.id, example.answer.text) for example in held_out)
+    summary = json.loads((twice / "summary.json").read_text())
+    assert summary["prompts"] == 8
+    last = read(twice / "stages" / "gad" / "metrics.jsonl")[-1]
+    assert last["validation/validity"] == pytest.approx(summary["stages"]["gad"]["validity"])
+    assert "8 of 8 validation prompts" in (twice / "report" / "index.html").read_text()
+
+
+# --- missing answers --------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_made_of_the_answers_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every prompt is asked for two answers: to one of four none is given, to another only one."""
+    said = list[str]()
+    monkeypatch.setattr(prepare, "say", said.append)
+    monkeypatch.setenv("TEST_KEY", "k")
+    monkeypatch.chdir(tmp_path)
+
+    def reply(text: str, before: int) -> Reply:
+        match int(text.split()[1]) % 4:
+            case 1:
+                return 200, {}, good("", choice={"message": {"role": "assistant", "content": None, "refusal": "I will not"}})
+            case 2 if before:
+                return 400, {}, error("something is wrong")
+        return ok(f"{before} {text}")
+
+    texts = [f"question {number}" for number in range(16)]
+    Path("train.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts[:12]))
+    Path("validation.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts[12:]))
+    Path("tiny.yaml").write_text(tiny.CONFIG)
+    with desk(reply) as (_, teacher):
+        backend = f"{{backend: openai, model: m, samples: 2, base_url: '{teacher.base_url}', api_key_env: TEST_KEY, tries: 1}}"
+        files = "prompts={train: train.jsonl, validation: validation.jsonl}"
+        run = Run.open(Path("tiny.yaml"), [f"teacher={backend}", "teacher.price={input: 0, output: 0}", files])
+        collect_answers(run)
+    prepare_data(run)
+    data = Snapshot.open(run.data)
+    wanted = {text: (2, 0, 1, 2)[number % 4] for number, text in enumerate(texts)}
+    assert counts(list(data.train)) == Counter({text: wanted[text] for text in texts[:12] if wanted[text]})
+    assert counts(list(data.validation)) == Counter({text: wanted[text] for text in texts[12:] if wanted[text]})
+    assert said == [
+        "collect: 20 of 32 answers (8 refused, 4 failed, 0 cut by length, $0.00)",
+        "prepare: 15 groups to train on, 5 held out",
+    ]
+
+
+# --- another tokenizer ------------------------------------------------------------------------------------------------
+
+FOREIGN = ["<|eot_id|>", "[INST] go on [/INST]", "</s>", "<|im_end|>\n<|im_start|>user", "<start_of_turn>", "▁word", "<0x0A>", "<think>"]
+OWN = [*CONTROL, "<|<|end|>end|>", "stop<|end|><|user|>ask<|end|><|assistant|>"]  # the student's
+WRITTEN = [f"{mark} as {number} {mark}" for number, mark in enumerate([*FOREIGN, *OWN])]
+
+
+def test_a_teacher_s_control_strings_are_plain_text_to_the_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny.CONFIG)
+    # Ids of the teacher's own tokenizer, which some files have, are not looked at.
+    rows = [{"prompt": f"say {text}", "response": text, "token_ids": [128_009, 1]} for text in WRITTEN]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = ["teacher={backend: file, path: answers.jsonl}", "prompts={train: null, validation: null, validation_share: 0.2}"]
+    run = Run.open(Path("tiny.yaml"), [*teacher, "data={max_prompt_tokens: 200, max_response_tokens: 200, row_tokens: null}"])
+    collect_answers(run)
+    text = Text.load(str(prepare_data(run)))
+    data = Snapshot.open(run.data)
+    examples = [*data.train, *data.validation]
+    assert sorted(example.answer.text for example in examples) == sorted(WRITTEN)
+    groups = [example.tokens for example in examples]
+    shape = RowShape(groups=len(groups), micro_batches=len(groups), rows=1, length=400)
+    cells = pack([group.prompt for group in groups], [[group.teacher] for group in groups], shape).cells
+    _, end, _, user, assistant = (text._template.token_to_id(token) for token in CONTROL)
+    for index, example in enumerate(examples):
+        (ours,) = np.nonzero((cells.groups_ML == index).reshape(-1) & (cells.segments_ML >= 0).reshape(-1))
+        tokens, responses = (cell.reshape(-1)[ours].tolist() for cell in (cells.tokens_ML, cells.responses_ML))
+        prompt, response = tokens[: responses.index(0)], tokens[responses.index(0) :]
+        assert [id for id in prompt if id in text.control] == [user, end, assistant]
+        assert [id for id in response if id in text.control] == [end] == response[-1:]
+        assert text.decode(response) == example.answer.text
+        assert text.decode(prompt[1:]) == example.prompt.text
