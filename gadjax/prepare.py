@@ -127,8 +127,13 @@ def _answers(run: Run) -> dict[str, list[Answer]]:
     if run.cache.exists():
         with TeacherCache(run.cache, read_only=True) as cache:
             answered = {"train": answers(train, run.config.teacher, cache), "validation": answers(validation, run.config.teacher, cache)}
-    if not answered or not all(answered.values()):
-        raise UserError(str(run.cache), "holds no answers to the prompts of both splits", "run `gadjax collect` first")
+    if not any(answered.values()):
+        raise UserError(str(run.cache), "holds no answers to the prompts", "run `gadjax collect` first")
+    for split, found in answered.items():
+        if not found:
+            raise UserError(
+                f"prompts.{split}", "no prompt has an answer of the teacher", "add prompts, or see what `gadjax collect` refused"
+            )
     return answered
 
 

@@ -172,7 +172,8 @@ def test_check_refuses(check: Check):
 
 def test_the_readmes_tree_has_every_file_once():
     readme = (PACKAGE.parent / "README.md").read_text()
-    lines = re.findall(r"^    +(?:\w[\w/]*/)?(\w+\.(?:py|yaml)|\w+/)(?=  |\n)", readme[readme.index("\n    gadjax/\n") :], re.M)
+    tree = readme[readme.index("\n    gadjax/\n") :].split("\n\n")[0] + "\n"
+    lines = re.findall(r"^    +(?:\w[\w/]*/)?(\w+\.(?:py|yaml)|\w+/)(?=  |\n)", tree, re.M)
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
     folders = {path.parent for path in files}
     configs = (PACKAGE.parent / "configs").glob("*.yaml")

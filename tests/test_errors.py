@@ -263,7 +263,7 @@ def test_a_key_in_the_config_is_not_made_known(told: Told, key: str, also: list[
 @pytest.mark.parametrize("command", ["prepare", "train", "evaluate"])
 def test_a_part_that_comes_too_early(told: Told, command: str):
     message = told(command, "tiny.yaml", FOLDER)
-    assert message == "here/tiny/teacher.sqlite: holds no answers to the prompts of both splits; run `gadjax collect` first"
+    assert message == "here/tiny/teacher.sqlite: holds no answers to the prompts; run `gadjax collect` first"
     assert made() == {"tiny", "tiny/config.yaml"}
 
 

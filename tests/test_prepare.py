@@ -12,6 +12,7 @@ from gadjax.errors import UserError
 from gadjax.models.fresh import FreshConfig, write_fresh
 from gadjax.prepare import check_student, collect_answers, prepare_data
 from gadjax.runs import Run
+from gadjax.teachers.collect import answers
 from tests import tiny
 
 SHORT = [{"prompt": f"question {i}", "response": "yes"} for i in range(6)]
@@ -80,6 +81,18 @@ def test_an_error_is_left_where_all_prompts_are_too_long(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"^data\.max_prompt_tokens: has no place for the prompts even without their last text; raise it"):
         prepare_data(run)
     assert not run.data.exists() and said == []
+
+
+def test_a_split_without_answers_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = run_of(tmp_path, monkeypatch, SHORT)
+    train, held_out = run.prompts
+    held = {prompt.id for prompt in held_out}
+    monkeypatch.setattr(
+        prepare, "answers", lambda prompts, teacher, cache: [] if prompts[0].id in held else answers(prompts, teacher, cache)
+    )
+    with pytest.raises(UserError, match=r"^prompts\.validation: no prompt has an answer of the teacher; add prompts, or see"):
+        prepare_data(run)
+    assert train and not run.data.exists() and not (run.folder / "student").exists()
 
 
 def test_the_cache_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
