@@ -96,8 +96,11 @@ def test_slots_and_places_change_no_more_than_rounding(slots, prompts):
 def test_halving_the_slots_changes_no_more_than_rounding(monkeypatch):
     made = with_config(compiled(), halvings=3)
     halved = counted(monkeypatch, made, "_fewer")
-    assert_close(made.generate(PROMPTS, KEY, 0), at_once())
+    limits = np.random.default_rng(1).integers(1, R, (B, N))
+    assert_close(made.generate(PROMPTS, KEY, 0, limits), compiled().generate(PROMPTS, KEY, 0, limits))
     assert [arguments[1] for arguments in halved] == [20, 10], "fewer than 8 are not halved"
+    at_work = [np.sum(np.asarray(state.slots.sample_S) < B * N) for state, _ in halved]
+    assert all(0 < count <= half for count, half in zip(at_work, (20, 10), strict=True)), at_work
 
 
 def test_eight_devices_give_the_samples_of_one():
@@ -172,6 +175,6 @@ def test_the_loop_writes_its_caches_in_place():
     asked = map(made._put, made._asked([PROMPTS[1]] * (slots // N), None))
     order, resident, state = made._begin(slots // N, slots, *asked, KEY, made._put(0))
     program: Any = made._decode
-    text = program.lower(params(), resident, order, state, *map(made._put, (slots, 100, 0))).compile().as_text()
+    text = program.lower(made._weights(params()), resident, order, state, *map(made._put, (slots, 100, 0))).compile().as_text()
     for shape in (rf"f32\[{slots},2,4,{tokens}\]", rf"f32\[{slots},2,{tokens},4\]"):
         assert re.search(rf"{shape}\S* (fusion|scatter)\(", text) and not re.search(rf"{shape}\S* copy\(", text)

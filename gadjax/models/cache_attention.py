@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from gadjax.models.attention import MASKED, Attend, Memory
 
 PREFILL_BLOCK = 256  # queries of a prompt that are scored together
+RESPONSE_BLOCK = 64  # keys of a response that are read together, or more where responses are long
+RESPONSE_BLOCKS = 8  # no more of these
 
 
 class Part(NamedTuple):
@@ -38,12 +40,11 @@ def _read(query: jax.Array, keys: jax.Array, values: jax.Array, readable: jax.Ar
     return Part(top, jnp.sum(weights, axis=-1), out)
 
 
-def _merge(one: Part, other: Part) -> jax.Array:
-    """The softmax over both parts. A part in which nothing was readable has no weight beside one with something."""
+def _merge(one: Part, other: Part) -> Part:
+    """Both parts as one. A part in which nothing was readable has no weight beside one with something: the other comes out, bit for bit."""
     top = jnp.maximum(one.top, other.top)
     ours, theirs = jnp.exp(one.top - top), jnp.exp(other.top - top)
-    total = one.total * ours + other.total * theirs
-    return (one.out * ours[..., None] + other.out * theirs[..., None]) / total[..., None]
+    return Part(top, one.total * ours + other.total * theirs, one.out * ours[..., None] + other.out * theirs[..., None])
 
 
 def prefill(query: jax.Array, key: jax.Array, value: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
@@ -74,7 +75,8 @@ def decode(places_S: jax.Array, samples: int, prompt_keys_G: jax.Array, position
     The prompts' keys, [G, K, H, P], and values, [G, K, P, H], are stored once; a prompt's N samples read them in one matrix product,
     for which the slots' queries are put in the order of prompts, and what they read back into the order of slots. The responses' are
     [S, K, H, R] and [S, K, R, H]; with the new token in them they are what is remembered. (It goes first because the compiler then
-    sees that nobody reads the cache as it was, and writes in place.)
+    sees that nobody reads the cache as it was, and writes in place.) They are read block by block up to the longest response; blocks
+    that a slot does not need leave its bits as they are.
 
     Args:
         places_S: g * N + n of the slot's sample; at least G * N in an idle slot.
@@ -83,7 +85,7 @@ def decode(places_S: jax.Array, samples: int, prompt_keys_G: jax.Array, position
         positions_S: where in its response's cache the new token goes; nowhere if that is beyond the end.
     """
     places, slots = prompt_keys_G.shape[0], places_S.shape[0]
-    every_S = jnp.arange(slots)
+    every_S, longest = jnp.arange(slots), jnp.max(positions_S)
     slots_GN = jnp.zeros(places * samples, jnp.int32).at[places_S].set(every_S, mode="drop").reshape(places, samples)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
@@ -100,8 +102,18 @@ def decode(places_S: jax.Array, samples: int, prompt_keys_G: jax.Array, position
 
         response_key = response[0].at[every_S, :, :, positions_S].set(key, mode="drop", unique_indices=True)
         response_value = response[1].at[every_S, :, positions_S].set(value, mode="drop", unique_indices=True)
-        in_response = jnp.arange(response_value.shape[2])[None, :] <= positions_S[:, None]
-        of_response = _read(query, response_key, response_value, in_response[:, None, None, :])
-        return _merge(jax.tree.map(of_slots, of_prompt), of_response).astype(value.dtype), (response_key, response_value)
+        length = response_value.shape[2]
+        block = min(length, max(RESPONSE_BLOCK, -(-length // RESPONSE_BLOCKS)))
+
+        def with_block(index: jax.Array, part: Part) -> Part:
+            first = jnp.minimum(index * block, length - block)  # the last block goes back over the one before it
+            at = first + jnp.arange(block)
+            readable = (at >= index * block)[None, :] & (at[None, :] <= positions_S[:, None])
+            keys = jax.lax.dynamic_slice_in_dim(response_key, first, block, axis=3)
+            values = jax.lax.dynamic_slice_in_dim(response_value, first, block, axis=2)
+            return _merge(part, _read(query, keys, values, readable[:, None, None, :]))
+
+        read = jax.lax.fori_loop(0, longest // block + 1, with_block, Part(*jax.tree.map(of_slots, of_prompt)))
+        return (read.out / read.total[..., None]).astype(value.dtype), (response_key, response_value)
 
     return attend

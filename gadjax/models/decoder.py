@@ -11,7 +11,6 @@ V vocabulary. `...` is whatever shape the tokens come in: [M, L] in packed rows,
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import jax
@@ -227,13 +226,13 @@ class Trunk(nnx.Module):
         x, memory = jax.lax.scan(layer, x, (layers, memory), unroll=self.config.layers <= UNROLLED_LAYERS)
         return rms_norm(x, self.norm[...], self.config.norm_epsilon), memory
 
-    def unrolled(self) -> "Unrolled":
-        """The trunk for a loop of many short calls: the layers' weights are taken apart here, once, and not in every call.
+    def unrolled(self, layers: Sequence[Params]) -> "Unrolled":
+        """The trunk for a loop of many short calls, which has each layer's parameters at hand and need not cut them from a stack.
 
         Its memory, going in and coming out, is a list with an entry for each layer.
         """
-        structure, stacked = nnx.split(self.blocks)
-        blocks = [nnx.merge(structure, jax.tree.map(itemgetter(i), stacked)) for i in range(self.config.layers)]
+        structure, _ = nnx.split(self.blocks)
+        blocks = [nnx.merge(structure, layer) for layer in layers]
 
         def run(tokens: jax.Array, positions: jax.Array, attend: Attend, memory: Sequence[Memory]) -> tuple[jax.Array, list[Memory]]:
             x = self.embedding[...][tokens].astype(self.dtype)

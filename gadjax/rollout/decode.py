@@ -1,4 +1,4 @@
-"""The two programs of a rollout: a prefill, and the decode loop, which stays on the device.
+"""The programs of a rollout: a prefill, and the decode loop, which stays on the device.
 
 Letters: B groups, N samples of each, M = B x N samples, C prompts prefilled together, G places for prompts, S decode slots, P prompt
 tokens.
@@ -6,6 +6,7 @@ tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,19 @@ class SamplingPlan:
     top_p: float = 1.0
 
 
+def make_weights(network: Network) -> Callable[[Params], Params]:
+    """Builds `params -> weights`: what the decode loop reads, in the compute dtype and with a list of layers for the stacked blocks."""
+
+    def weights(params: Params) -> Params:
+        config, dtype = (trunk := network.bind(params).trunk).config, trunk.dtype
+        # Norms are computed in float32.
+        cast = jax.tree.map(lambda leaf, axes: leaf if "norm" in axes else leaf.astype(dtype), params, network.axes)
+        layers = [jax.tree.map(itemgetter(layer), cast["trunk"]["blocks"]) for layer in range(config.layers)]
+        return cast | {"trunk": cast["trunk"] | {"blocks": layers}}
+
+    return weights
+
+
 def make_prefill(network: Network) -> Callable[..., Prompts]:
     """Builds `(params, prompts, tokens_CP, lengths_C, groups_C, places_C) -> prompts`: C groups' prompts into their places.
 
@@ -64,17 +78,18 @@ def make_prefill(network: Network) -> Callable[..., Prompts]:
 
 
 def make_decode(network: Network, plan: SamplingPlan) -> Callable[..., tuple[Decoding, jax.Array]]:
-    """Builds `(params, prompts, order, state, ready, steps, few) -> (state, finished_B)`, the decode loop.
+    """Builds `(weights, prompts, order, state, ready, steps, few) -> (state, finished_B)`, the decode loop.
 
     It ends after `steps` steps, or when no sample below `ready` waits and at most `few` slots are at work. `finished_B` tells the
     groups whose prompts are needed no longer.
     """
 
     def run(
-        params: Params, prompts: Prompts, order: Order, state: Decoding, ready: jax.Array, steps: jax.Array, few: jax.Array
+        weights: Params, prompts: Prompts, order: Order, state: Decoding, ready: jax.Array, steps: jax.Array, few: jax.Array
     ) -> tuple[Decoding, jax.Array]:
-        model = network.bind(_in_compute_dtype(network, params))
-        trunk, samples = model.trunk.unrolled(), order.limits_M.shape[0]
+        layers, samples = weights["trunk"]["blocks"], order.limits_M.shape[0]
+        model = network.bind(weights | {"trunk": weights["trunk"] | {"blocks": layers[0]}})
+        trunk = model.trunk.unrolled(layers)
 
         def step(carry: tuple[jax.Array, Decoding]) -> tuple[jax.Array, Decoding]:
             left, state = carry
@@ -100,9 +115,3 @@ def make_decode(network: Network, plan: SamplingPlan) -> Callable[..., tuple[Dec
         return state, constrain(jnp.all(over_M.reshape(-1, plan.samples), axis=1), None)
 
     return run
-
-
-def _in_compute_dtype(network: Network, params: Params) -> Params:
-    """The parameters as the decoder reads them, cast once for all steps; norms stay float32."""
-    dtype = network.bind(params).trunk.dtype
-    return jax.tree.map(lambda leaf, axes: leaf if "norm" in axes else leaf.astype(dtype), params, network.axes)

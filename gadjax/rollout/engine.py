@@ -9,6 +9,7 @@ Letters: B groups, N samples of each, M = B x N samples, C prompts prefilled tog
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from gadjax.models.decoder import Network
 from gadjax.rollout.config import RolloutConfig
-from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill
+from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill, make_weights
 from gadjax.rollout.sampling import stream_keys
 from gadjax.rollout.slots import Decoding, Order, Prompts, empty, fewer
 from gadjax.sharding import jit_on, named_sharding, replicated, row_multiple
@@ -45,6 +46,7 @@ class Engine:
         self._params: Params = {}
         self._version = 0
         self._begin = jit_on(mesh, self._first, static_argnums=(0, 1))
+        self._weights = jit_on(mesh, make_weights(network))
         self._prefill = jit_on(mesh, make_prefill(network), donate_argnums=1)
         self._decode = jit_on(mesh, make_decode(network, plan), donate_argnums=3)
         self._fewer = jit_on(mesh, fewer, static_argnums=1)
@@ -57,6 +59,7 @@ class Engine:
         """See `RolloutBackend`. The streams depend on (key, step, group, sample, position)."""
         places, count, together = self._sizes(len(prompts))
         order, resident, state = self._begin(places, count, *map(self._put, self._asked(prompts, limits_BN)), key, self._put(step))
+        decoded = partial(self._decoded, self._weights(self._params), order)
         begun, free, homes, looks = 0, list(range(places)), dict[int, int](), deque[jax.Array]()
         while True:
             while begun < len(prompts) and len(free) >= (taken := min(together, len(prompts) - begun)):
@@ -65,16 +68,16 @@ class Engine:
                 begun, free, homes = begun + taken, free[taken:], homes | new
             if begun == len(prompts):
                 break
-            state, finished_B = self._decoded(order, resident, state, begun, self._config.look_every)
+            state, finished_B = decoded(resident, state, begun, self._config.look_every)
             finished_B.copy_to_host_async()
             looks.append(finished_B)
             if len(looks) > 1:  # one look behind: the device has work while the host looks
                 finished = np.flatnonzero(jax.device_get(looks.popleft())).tolist()
                 free += [homes.pop(group) for group in finished if group in homes]
         for half in self._halves(count):
-            state, _ = self._decoded(order, resident, state, begun, FOREVER, few=half)
+            state, _ = decoded(resident, state, begun, FOREVER, few=half)
             state = self._fewer(state, half)
-        state, _ = self._decoded(order, resident, state, begun, FOREVER)
+        state, _ = decoded(resident, state, begun, FOREVER)
         return self._rollout(state, len(prompts))
 
     def _sizes(self, groups: int) -> tuple[int, int, int]:
@@ -124,9 +127,9 @@ class Engine:
         return self._prefill(self._params, resident, tokens, *map(self._put, (lengths, [*new, *none], [*new.values(), *none])))
 
     def _decoded(
-        self, order: Order, resident: Prompts, state: Decoding, begun: int, steps: int, few: int = 0
+        self, weights: Params, order: Order, resident: Prompts, state: Decoding, begun: int, steps: int, few: int = 0
     ) -> tuple[Decoding, jax.Array]:
-        return self._decode(self._params, resident, order, state, *map(self._put, (begun * self._plan.samples, steps, few)))
+        return self._decode(weights, resident, order, state, *map(self._put, (begun * self._plan.samples, steps, few)))
 
     def _put(self, values: Any) -> jax.Array:
         return jax.device_put(np.asarray(values, np.int32), replicated(self._mesh))
