@@ -57,7 +57,9 @@ def evaluate(config: Path, overrides: list[str]) -> None:
 
 def report(config: Path, overrides: list[str]) -> None:
     """The page."""
-    _report(Run.open(config, overrides))
+    opened = Run.open(config, overrides)
+    opened.fetch()
+    _report(opened)
 
 
 def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> None:
@@ -85,10 +87,12 @@ def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> N
 def _begun(config: Path, overrides: list[str], *checks: Callable[[Run], None]) -> Iterator[tuple[Run, Clock]]:
     """A run that no other process writes to; its folder is made, or taken up, when nothing is wrong."""
     opened = Run.open(config, overrides)
+    opened.fetch()
     for check in checks:
         check(opened)
     with opened.begin() as clock:
         yield opened, clock
+        opened.push()
 
 
 def _session(opened: Run) -> Session:
