@@ -10,8 +10,7 @@ nothing is read back for it.
 
 import hashlib
 import json
-from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -86,17 +85,14 @@ class Checkpoints:
     def _seal(self) -> None:
         """Writes the manifest. Orbax calls this when all else is written, before the folder gets its final name."""
         beside = [*self._folder.glob(f"{self._written}.orbax-checkpoint-tmp*")]
-        folder = (
-            beside[0] if beside else self._folder / str(self._written)
-        )  # a store has no renaming: there a last file says that all is whole
-        files = sorted(_files(folder))
-        text = json.dumps(_digests(folder, files), indent=1)
+        folder = beside[0] if beside else self._folder / str(self._written)  # a store cannot rename: a last file says that all is whole
+        digests = _digests(folder)
         if _is_remote(folder):
-            (folder / MANIFEST).write_text(text)
+            (folder / MANIFEST).write_text(json.dumps(digests, indent=1))
             return
-        for file in files:
+        for file in digests:
             flush(Path(folder / file))
-        replace_file(Path(folder / MANIFEST), text)
+        replace_file(Path(folder / MANIFEST), json.dumps(digests, indent=1))
 
     def _verify(self, step: int, name: str) -> None:
         """Refuses a checkpoint of which a file of item `name` is missing or changed."""
@@ -104,13 +100,14 @@ class Checkpoints:
         mend = "delete this folder and run the same command again: the stage goes on from the checkpoint before"
         try:
             manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            sealed = {file: digest for file, digest in manifest.items() if file.startswith(f"{name}/")}
-            found = _digests(folder, sealed)
-            changed = [file for file, digest in sealed.items() if found[file] != digest]
+            found = _digests(folder / name)
+            changed = [
+                file for file, digest in manifest.items() if file.startswith(f"{name}/") and found.get(file[len(name) + 1 :]) != digest
+            ]
         except (OSError, ValueError) as error:
             raise UserError(str(folder), f"is not whole ({error})", mend) from error
         if changed:
-            raise UserError(str(folder), f"{changed[0]} was changed after it was written", mend)
+            raise UserError(str(folder), f"{changed[0]} is missing or was changed after it was written", mend)
 
 
 def checkpoint_digest(folder: epath.Path, step: int) -> str | None:
@@ -123,27 +120,13 @@ def _is_remote(path: epath.PathLike) -> bool:
     return "://" in str(path)
 
 
-def _files(folder: epath.Path) -> list[str]:
-    """All files below a folder, by their paths from there."""
-    return [str((root / name).relative_to(folder)) for root, _, names in folder.walk() for name in names]
+def _digests(folder: epath.Path) -> dict[str, str]:
+    """What names the content of every file below a folder: its SHA-256, or the checksum that the store keeps of it."""
+    files, root = url_to_fs(str(folder))
+    found: dict[str, dict[str, Any]] = files.find(root, detail=True)
+    return {str(PurePosixPath(path).relative_to(root)): info.get("crc32c") or _sha256(path) for path, info in sorted(found.items())}
 
 
-def _digests(folder: epath.Path, files: Iterable[str]) -> dict[str, str]:
-    """What names the content of each file: its SHA-256, or the checksum that the store keeps of it.
-
-    Raises:
-        OSError: a file is missing.
-    """
-    if not _is_remote(folder):
-        return {file: _sha256(folder / file) for file in files}
-    store, root = url_to_fs(str(folder))
-    kept = store.find(root, detail=True)
-    try:
-        return {file: kept[f"{root}/{file}"]["crc32c"] for file in files}
-    except KeyError as missing:
-        raise FileNotFoundError(f"No such file: {missing}") from missing
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+def _sha256(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
