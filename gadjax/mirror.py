@@ -19,6 +19,7 @@ CLOCK = ".seconds"  # how far a copy is; written last, so that a copy that has i
 CHECKPOINTS = "checkpoints"
 CACHE = "teacher.sqlite"
 EXPORT = "export"
+SKEW = 60.0  # seconds by which the clocks of machines and bucket may differ
 
 Stat = tuple[int, float]  # bytes and time of a file
 
@@ -61,7 +62,7 @@ class Mirror:
         return True
 
     def push(self) -> None:
-        """Sends what is new in the folder."""
+        """Sends what is new in the folder; what another machine has written since is left as it is."""
         there = self._there()
         here = {
             path.relative_to(self._folder).as_posix(): (path.stat().st_size, path.stat().st_mtime)
@@ -70,7 +71,8 @@ class Mirror:
         }
         for name, (size, seconds) in _clock_last(here):
             size_there, seconds_there = there.get(name, (-1, 0.0))
-            if _is_mirrored(name) and (size != size_there or seconds > seconds_there):
+            is_new = seconds > seconds_there or (size != size_there and seconds > seconds_there - SKEW)
+            if _is_mirrored(name) and is_new:
                 self._files.makedirs(self._files._parent(self._at(name)), exist_ok=True)
                 self._files.put_file(str(self._folder / name), self._at(name))
 

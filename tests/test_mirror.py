@@ -1,8 +1,10 @@
 """A run whose machine is taken away goes on elsewhere with what the bucket has."""
 
 import json
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,20 @@ def test_only_what_changed_is_sent(tmp_path: Path, run: Path):
     before = {name: (bucket / name).stat().st_mtime_ns for name in listed(bucket)}
     other.push()  # what was fetched is not sent back
     assert before == {name: (bucket / name).stat().st_mtime_ns for name in listed(bucket)}
+
+
+def test_what_another_machine_wrote_since_is_left(tmp_path: Path, run: Path):
+    bucket, other = tmp_path / "bucket", tmp_path / "there"
+    Mirror(run, str(bucket)).push()
+    mirror = Mirror(other, str(bucket))
+    mirror.fetch()
+    write(bucket, stages__gad__metrics="rows of an hour later")
+    later = time.time() + 3600
+    os.utime(bucket / "stages/gad/metrics", (later, later))
+    write(other, config="a: 2")
+    mirror.push()
+    assert (bucket / "stages/gad/metrics").read_text() == "rows of an hour later"
+    assert (bucket / "config").read_text() == "a: 2"
 
 
 def test_a_copy_that_is_not_further_is_not_fetched(tmp_path: Path, run: Path):
