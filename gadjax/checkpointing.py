@@ -4,15 +4,18 @@ Each holds the student with its optimizer, the discriminator with its own where 
 random key and the state of the data iterator. Writing goes on in the background while training continues.
 
 Orbax does not see that a bit of an array has flipped on the disk. So every checkpoint is committed with the SHA-256 of its
-files, and what is restored is verified first.
+files, and what is restored is verified first. An object store keeps a checksum of every object itself, which is committed instead:
+nothing is read back for it.
 """
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
+from fsspec.core import url_to_fs
 
 from gadjax.errors import UserError
 from gadjax.files import flush, replace_file
@@ -27,12 +30,12 @@ class Checkpoints:
     """The checkpoints of one stage, in `folder`/<step>. Use as a context manager: leaving waits for what is being written.
 
     Args:
-        folder: of the stage.
+        folder: of the stage, or `gs://...`.
         read_only: another process may be writing there.
     """
 
-    def __init__(self, folder: Path, *, read_only: bool = False):
-        self._folder = folder.absolute()
+    def __init__(self, folder: epath.PathLike, *, read_only: bool = False):
+        self._folder = epath.Path(folder) if _is_remote(folder) else epath.Path(folder).absolute()
         self._written = 0  # the step that is being written
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEEP,
@@ -81,11 +84,15 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Writes the manifest. Orbax calls this when all else is written, before the folder gets its final name."""
-        (folder,) = self._folder.glob(f"{self._written}.orbax-checkpoint-tmp*")
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in files:
-            flush(path)
-        replace_file(folder / MANIFEST, json.dumps({path.relative_to(folder).as_posix(): _sha256(path) for path in files}, indent=1))
+        beside = [*self._folder.glob(f"{self._written}.orbax-checkpoint-tmp*")]
+        folder = beside[0] if beside else self._folder / str(self._written)  # a store cannot rename: a last file says that all is whole
+        digests = _digests(folder)
+        if _is_remote(folder):
+            (folder / MANIFEST).write_text(json.dumps(digests, indent=1))
+            return
+        for file in digests:
+            flush(Path(folder / file))
+        replace_file(Path(folder / MANIFEST), json.dumps(digests, indent=1))
 
     def _verify(self, step: int, name: str) -> None:
         """Refuses a checkpoint of which a file of item `name` is missing or changed."""
@@ -93,19 +100,33 @@ class Checkpoints:
         mend = "delete this folder and run the same command again: the stage goes on from the checkpoint before"
         try:
             manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            changed = [file for file, digest in manifest.items() if file.startswith(f"{name}/") and _sha256(folder / file) != digest]
+            found = _digests(folder / name)
+            changed = [
+                file for file, digest in manifest.items() if file.startswith(f"{name}/") and found.get(file[len(name) + 1 :]) != digest
+            ]
         except (OSError, ValueError) as error:
             raise UserError(str(folder), f"is not whole ({error})", mend) from error
         if changed:
-            raise UserError(str(folder), f"{changed[0]} was changed after it was written", mend)
+            raise UserError(str(folder), f"{changed[0]} is missing or was changed after it was written", mend)
 
 
-def checkpoint_digest(folder: Path, step: int) -> str | None:
+def checkpoint_digest(folder: epath.Path, step: int) -> str | None:
     """What names the content of a checkpoint: the SHA-256 of its manifest, or None where there is no such checkpoint."""
     manifest = folder / str(step) / MANIFEST
-    return _sha256(manifest) if manifest.is_file() else None
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def _is_remote(path: epath.PathLike) -> bool:
+    return "://" in str(path)
+
+
+def _digests(folder: epath.Path) -> dict[str, str]:
+    """What names the content of every file below a folder: its SHA-256, or the checksum that the store keeps of it."""
+    files, root = url_to_fs(str(folder))
+    found: dict[str, dict[str, Any]] = files.find(root, detail=True)
+    return {str(PurePosixPath(path).relative_to(root)): info.get("crc32c") or _sha256(path) for path, info in sorted(found.items())}
+
+
+def _sha256(path: str) -> str:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

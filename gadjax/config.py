@@ -34,11 +34,13 @@ class RunConfig(Section):
     Attributes:
         name: of the run's folder, below `folder`.
         folder: holds the runs.
+        bucket: `gs://bucket/folder` (or a folder that outlives the machine): checkpoints are written there, and the rest is copied there.
         seed: of everything random.
     """
 
     name: str = "quickstart"
     folder: str = "runs"
+    bucket: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @field_validator("name")

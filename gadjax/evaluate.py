@@ -44,6 +44,7 @@ def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
                     advance(index * len(MODES) + number, name)
                 write_answers(file, answers, session.tutored is not None)
                 replace_file(mark, origin)
+                session.run.push()
             measured[name] = measure(read_answers(file), session.run.config.evaluation.metrics, session.tutored)
             advance((index + 1) * len(MODES), name)
     return measured

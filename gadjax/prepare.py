@@ -49,9 +49,13 @@ def check_teacher(run: Run) -> None:
                 grammar.check(prompt.messages[-1]["content"])
 
 
-def check_student(run: Run) -> None:
-    """Tells what is wrong with the student, the mesh and the room for prompts. A student of the hub is fetched for that."""
+def check_devices(run: Run) -> None:
+    """Tells whether the mesh fits the devices that are here."""
     make_mesh(run.config.mesh)
+
+
+def check_student(run: Run) -> None:
+    """Tells what is wrong with the student, the stages' origins and the room for prompts. A student of the hub is fetched for that."""
     check_origins(run.config)
     if run.config.student.path is not None:
         folder = given_student(run.config.student.path)

@@ -11,7 +11,7 @@ from gadjax.evaluation.summary import summarise
 from gadjax.evaluation.table import print_table
 from gadjax.export import export_discriminator, export_stage
 from gadjax.files import replace_file, to_json
-from gadjax.prepare import check_student, check_teacher, collect_answers, prepare_data, student_folder
+from gadjax.prepare import check_devices, check_student, check_teacher, collect_answers, prepare_data, student_folder
 from gadjax.report.page import write_report
 from gadjax.runs import Clock, Run
 from gadjax.session import Session
@@ -21,7 +21,7 @@ from gadjax.train import train_stage
 
 def run(config: Path, overrides: list[str]) -> None:
     """Everything: collect, prepare, train, evaluate, report, export."""
-    with _begun(config, overrides, check_teacher, check_student) as (opened, clock):
+    with _begun(config, overrides, check_teacher, check_devices, check_student) as (opened, clock):
         collect_answers(opened)
         session = _session(opened)
         _train(session)
@@ -38,26 +38,28 @@ def collect(config: Path, overrides: list[str]) -> None:
 
 
 def prepare(config: Path, overrides: list[str]) -> None:
-    """The frozen data."""
+    """The frozen data; needs no device, so that it can be made elsewhere than where it is trained on."""
     with _begun(config, overrides, check_student) as (opened, _):
         prepare_data(opened)
 
 
 def train(config: Path, overrides: list[str]) -> None:
     """All stages."""
-    with _begun(config, overrides, check_student) as (opened, _):
+    with _begun(config, overrides, check_devices, check_student) as (opened, _):
         _train(_session(opened))
 
 
 def evaluate(config: Path, overrides: list[str]) -> None:
     """The table of all stages."""
-    with _begun(config, overrides, check_student) as (opened, clock):
+    with _begun(config, overrides, check_devices, check_student) as (opened, clock):
         _evaluate(_session(opened), clock)
 
 
 def report(config: Path, overrides: list[str]) -> None:
     """The page."""
-    _report(Run.open(config, overrides))
+    opened = Run.open(config, overrides)
+    opened.fetch()
+    _report(opened)
 
 
 def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> None:
@@ -85,10 +87,12 @@ def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> N
 def _begun(config: Path, overrides: list[str], *checks: Callable[[Run], None]) -> Iterator[tuple[Run, Clock]]:
     """A run that no other process writes to; its folder is made, or taken up, when nothing is wrong."""
     opened = Run.open(config, overrides)
+    opened.fetch()
     for check in checks:
         check(opened)
     with opened.begin() as clock:
         yield opened, clock
+        opened.push()
 
 
 def _session(opened: Run) -> Session:

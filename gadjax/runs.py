@@ -2,6 +2,8 @@
 
 config.yaml  summary.json  teacher.sqlite  data/  student/  stages/<name>/{checkpoints/,metrics.jsonl}
 tensorboard/  evaluation/  report/index.html  export/<stage>/  .lock  .seconds
+
+With `run.bucket` the checkpoints lie in the bucket instead, and it holds a copy of all the rest.
 """
 
 import fcntl
@@ -13,13 +15,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import jax
 import yaml
+from etils import epath
 
 from gadjax.config import Config, dump_config, load_config, parse_yaml
 from gadjax.errors import UserError
 from gadjax.files import replace_file
+from gadjax.mirror import CHECKPOINTS, CLOCK, Mirror
 from gadjax.records import Prompt
 from gadjax.teachers.sources import load_prompts
+from gadjax.terminal import say
 
 # What may change between two calls of the same run: where it lies, how the teacher is reached, how the work is laid out on
 # devices, what is shown.
@@ -29,7 +35,7 @@ _MAY_CHANGE = (
 )
 
 CONFIG = "config.yaml"
-LOCK, CLOCK = ".lock", ".seconds"
+LOCK = ".lock"
 TICK = 10.0  # seconds that a killed process loses of the clock, at most
 
 
@@ -91,6 +97,24 @@ class Run:
         """The run that lies in a folder, wherever it was made."""
         return cls(load_config(folder / CONFIG, []), folder)
 
+    def fetch(self) -> None:
+        """Brings the folder up to its copy in the bucket, where the run was taken further by another machine.
+
+        Raises:
+            UserError: the bucket cannot be read, or another process is using the folder.
+        """
+        if self._mirror is not None:
+            with _told_of(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            with self.locked():
+                if self._mirror.fetch():
+                    say(f"bucket: {self.folder} was fetched from {self.config.run.bucket}")
+
+    def push(self) -> None:
+        """Sends what is new in the folder to the bucket; the first process does so for all."""
+        if self._mirror is not None and jax.process_index() == 0:
+            self._mirror.push()
+
     @contextmanager
     def begin(self) -> Iterator[Clock]:
         """Makes the folder, where there is none, writes the config into it, and keeps it for this process alone.
@@ -139,13 +163,23 @@ class Run:
         """A stage's folder."""
         return self.folder / "stages" / name
 
-    def checkpoints(self, name: str) -> Path:
+    def checkpoints(self, name: str) -> epath.Path:
         """A stage's checkpoints."""
-        return self.stage(name) / "checkpoints"
+        return self._root / "stages" / name / CHECKPOINTS
 
     def begun(self, name: str = "*") -> bool:
         """Whether a stage (by default any) has a checkpoint."""
-        return any(step.name.isdigit() for step in self.folder.glob(f"stages/{name}/checkpoints/*"))
+        return any(step.name.isdigit() for step in self._root.glob(f"stages/{name}/{CHECKPOINTS}/*"))
+
+    @property
+    def _root(self) -> epath.Path:
+        """Below it are the checkpoints: the copy in the bucket, where there is one, else the folder."""
+        bucket = self.config.run.bucket
+        return epath.Path(bucket).expanduser() / self.config.run.name if bucket else epath.Path(self.folder)
+
+    @cached_property
+    def _mirror(self) -> Mirror | None:
+        return Mirror(self.folder, str(self._root)) if self.config.run.bucket else None
 
     def _check_unchanged(self) -> None:
         """Refuses to go on with stages that began with another config.

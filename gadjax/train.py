@@ -204,6 +204,7 @@ def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, do
             if saves:
                 key = np.asarray(jax.random.key_data(stage.key)).tolist()
                 host = {"data": data.get_state(), "key": key, "snapshot": stage.session.snapshot.digest}
+                stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
                 checkpoints.save(step, stage.state, host)
 
 

@@ -178,4 +178,4 @@ def test_the_readmes_tree_has_every_file_once():
     folders = {path.parent for path in files}
     configs = (PACKAGE.parent / "configs").glob("*.yaml")
     expected = [path.name for path in (*files, *configs)] + [f"{folder.name}/" for folder in folders]
-    assert sorted(lines) == sorted([*expected, "tests/"])
+    assert sorted(lines) == sorted([*expected, "tests/", "tpu/"])

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -101,7 +101,7 @@ class Snapshot:
         sources: Any = tfds.builder_from_directory(str(folder)).as_data_source()  # a dict, by split
         return cls({name: Split(source) for name, source in sources.items()}, manifest["fingerprint"], manifest["digest"])
 
-    def check_origin(self, digest: str, where: Path) -> None:
+    def check_origin(self, digest: str, where: PurePath) -> None:
         """Refuses to go on with what was made on the data of another digest.
 
         Raises:

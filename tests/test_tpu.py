@@ -1,0 +1,361 @@
+"""The scripts in `tpu/`, with a `gcloud` that only writes down what it was called with."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from gadjax.errors import UserError
+from gadjax.runs import Run
+
+ROOT = Path(__file__).parent.parent
+SECRET = "sk-do-not-tell"
+OPTIONS = ["--type", "v5p-32", "--zone", "us-east5-a", "--bucket", "gs://my-bucket/runs"]
+WHERE = "--zone=us-east5-a"
+REQUESTED, NODE, PROGRESS = "queued-resources list", "tpu-vm describe", "cat gadjax/state 2"
+
+# Writes its arguments down, and answers what STUB/answers.json has for the first text in it that they contain: the answers
+# one after another, the last again and again.
+STUB = """#!{python}
+import json, os, pathlib, sys
+folder = pathlib.Path(os.environ["STUB"])
+with (folder / "calls").open("a") as file:
+    file.write(json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]) + "\\n")
+script = json.loads((folder / "answers.json").read_text())
+for text, answers in script.items():
+    if text in " ".join(sys.argv[1:]):
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        (folder / "answers.json").write_text(json.dumps(script))
+        print(answer, end="")
+        sys.exit(answer == "no answer")
+"""
+PREPARE = """
+if sys.argv[1] == "prepare":  # the real command would leave this
+    from gadjax.config import dump_config, load_config
+    config = load_config(pathlib.Path(sys.argv[2]), sys.argv[3:])
+    config.run.path.mkdir(parents=True)
+    (config.run.path / "config.yaml").write_text(dump_config(config))
+"""
+
+
+class Desk:
+    """A repository with the scripts, and stubs for what they call.
+
+    Attributes:
+        repo: the repository.
+        stub: what the stubs read and write.
+    """
+
+    def __init__(self, folder: Path):
+        self.repo, self.stub, self._bin = folder / "repo", folder / "stub", folder / "bin"
+        for path in (self.repo, self.stub, self._bin):
+            path.mkdir()
+        shutil.copytree(ROOT / "tpu", self.repo / "tpu")
+        (self.repo / ".gitignore").write_text("/runs/\n")
+        self.have("gcloud")
+        self.have("gadjax", PREPARE)
+        self.script()
+
+    def have(self, name: str, more: str = "") -> None:
+        path = self._bin / name
+        path.write_text(STUB.format(python=sys.executable) + more)
+        path.chmod(0o755)
+
+    def script(self, **answers: list[str]) -> None:
+        """What gcloud says to a command with that text in it."""
+        (self.stub / "answers.json").write_text(json.dumps(answers))
+
+    def commit(self) -> None:
+        git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+        for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+            subprocess.run([*git, *command], cwd=self.repo, check=True)
+
+    def __call__(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        path = f"{self._bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        more = {"PATH": path, "STUB": str(self.stub), "GADJAX_TPU_PAUSE": "0", "OPENAI_API_KEY": SECRET, "PYTHONPATH": str(ROOT)}
+        command = ["bash", str(self.repo / "tpu" / script), *arguments]
+        return subprocess.run(
+            command,
+            cwd=self.repo,
+            env=os.environ | more,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def launched(self) -> None:
+        """As if the run had been launched here."""
+        state = self.repo / "runs" / ".tpu" / "my-run"
+        state.mkdir(parents=True)
+        (state / "options").write_text("\n".join([*OPTIONS, "--spot"]) + "\n")
+        (state / "code.tar").touch()
+
+    @property
+    def calls(self) -> list[list[str]]:
+        file = self.stub / "calls"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def done(self) -> list[str]:
+        """What changed something in the cloud, in a word each."""
+        words = {"queued-resources create": "create", "queued-resources delete": "delete", "worker.sh": "set up"}
+        return [word for call in self.calls for text, word in words.items() if text in " ".join(call)]
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+HOSTILE = ["a;touch x", "$(touch x)", "`touch x`", "two words", "a\nb", 'quo"te', "quo'te", "../up", "-rf", "A", "a" * 60, "ä", "a&b", ""]
+
+
+@pytest.mark.parametrize("option", ["--name", "--type", "--zone", "--bucket", "--project"])
+def test_a_hostile_name_is_refused(desk: Desk, option: str):
+    (desk.repo / "c.yaml").touch()
+    for value in HOSTILE:
+        if value or option != "--project":  # no project: gcloud's own
+            done = desk("launch.sh", "c.yaml", "--name", "my-run", *OPTIONS, option, value)
+            assert (done.returncode, done.stdout) == (2, ""), value
+            assert re.fullmatch(rf"launch\.sh: {option}: .+\n", done.stderr), done.stderr
+    assert desk.calls == [] and sorted(path.name for path in desk.repo.iterdir()) == [".gitignore", "c.yaml", "tpu"]
+
+
+@pytest.mark.parametrize("script", ["watch.sh", "status.sh", "logs.sh", "stop.sh", "fetch.sh", "teardown.sh"])
+def test_the_other_scripts_refuse_it_too(desk: Desk, script: str):
+    for value in HOSTILE:
+        done = desk(script, value)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, value
+    unknown = desk(script, "my-run")
+    assert unknown.returncode == 2 and "was not launched from here" in unknown.stderr
+    desk.launched()
+    options = desk.repo / "runs" / ".tpu" / "my-run" / "options"
+    options.write_text(options.read_text().replace("us-east5-a", "$(touch x)"))
+    assert desk(script, "my-run").returncode == 2
+    assert desk.calls == [] and not (desk.repo / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "--name: is missing"),
+        (["--name", "my-run", *OPTIONS], "CONFIG: is missing"),
+        (["--name", "my-run", *OPTIONS, "none;$(touch x).yaml"], "is no file"),
+        (["--name", "my-run", *OPTIONS, "c.yaml", "words"], "is not an override"),
+        (["--nmae", "my-run"], "there is no such option"),
+        (["--name"], "--name: has no value"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(desk: Desk, arguments: list[str], told: str):
+    (desk.repo / "c.yaml").touch()
+    done = desk("launch.sh", *arguments)
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+    assert desk.calls == [] and not (desk.repo / "x").exists()
+
+
+NAME = "a b;$(touch x)'\"\n.yaml"
+OVERRIDE = "teacher.model=$(touch x);`touch x` \"'"
+
+
+def test_a_dry_run_shows_all_and_does_nothing(desk: Desk):
+    (desk.repo / NAME).write_text("")
+    done = desk("launch.sh", NAME, "--name", "my-run", *OPTIONS, "--project", "my-project", "--spot", "--dry-run", OVERRIDE)
+    assert done.returncode == 0, done.stderr
+    assert desk.calls == [] and sorted(path.name for path in desk.repo.iterdir()) == [".gitignore", NAME, "tpu"]
+    settings = [OVERRIDE, "run.name=my-run", "run.folder=runs", "run.bucket=gs://my-bucket/runs"]
+    shown = subprocess.run(  # as a shell reads it
+        ["bash", "-c", f"gadjax() {{ printf '%s\\0' \"$@\"; }}\n{done.stdout.partition('mkdir')[0]}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.split("\0")[:-1] == [part for verb in ("collect", "prepare") for part in (verb, str(desk.repo / NAME), *settings)]
+    rest = [shlex.split(line) for line in done.stdout.partition("mkdir")[2].splitlines()[1:]]
+    words = ["pack.py", "create", "list", "describe", "scp", "worker.sh", "state", "mkdir", "run.log", "run.log", "delete"]
+    assert [word in " ".join(line) for word, line in zip(words, rest, strict=True)] == [True] * len(words)
+
+
+def test_from_a_config_to_the_end(desk: Desk):
+    (desk.repo / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
+    (desk.repo / NAME).write_text("prompts: {train: prompts.jsonl}\n")
+    shutil.copy(ROOT / "pyproject.toml", desk.repo)
+    desk.commit()
+    (desk.repo / ".env").write_text(SECRET)  # never committed, never copied
+    desk.script(
+        **{
+            REQUESTED: ["", "WAITING_FOR_RESOURCES\n", "ACTIVE\n"],
+            NODE: ["READY\n"],
+            PROGRESS: ["running\nrunning\n", "success 0\nsuccess 0\n"],
+        }
+    )
+    done = desk("launch.sh", NAME, "--name", "my-run", *OPTIONS, "--project", "my-project", "--spot", OVERRIDE)
+    assert done.returncode == 0, done.stderr
+    assert "done; tpu/fetch.sh my-run brings the report here" in done.stdout
+    settings = [OVERRIDE, "run.name=my-run", "run.folder=runs", "run.bucket=gs://my-bucket/runs"]
+    assert desk.calls[:2] == [["gadjax", verb, str(desk.repo / NAME), *settings] for verb in ("collect", "prepare")]
+    assert all(call[0] == "gcloud" for call in desk.calls[2:])
+    where = [WHERE, "--project=my-project"]
+    request = ["--node-id=my-run", "--accelerator-type=v5p-32", "--runtime-version=v2-alpha-tpuv5", "--spot", "--quiet"]
+    assert desk.calls[3] == ["gcloud", "compute", "tpus", "queued-resources", "create", "my-run", *request, *where]
+    assert desk.done() == ["create", "set up", "delete"]
+    copied = next(call for call in desk.calls if "scp" in call)
+    assert copied[4:] == ["scp", "runs/.tpu/my-run/code.tar", "my-run:", "--worker=all", "--quiet", *where]
+    assert desk.calls[-1] == ["gcloud", "compute", "tpus", "queued-resources", "delete", "my-run", "--force", "--quiet", *where]
+    with tarfile.open(desk.repo / "runs" / ".tpu" / "my-run" / "code.tar") as tar:
+        assert {"run.yaml", "prompts.jsonl", "tpu/worker.sh"} <= {*tar.getnames()} and ".env" not in tar.getnames()
+        config = tar.extractfile("run.yaml")
+        assert config is not None and b"bucket: gs://my-bucket/runs" in config.read()
+    told = [path for path in [*desk.repo.rglob("*"), *desk.stub.rglob("*")] if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert told == [desk.repo / ".env"] and SECRET not in done.stdout + done.stderr
+    assert not (desk.repo / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected", "status"),
+    [
+        # A spot TPU is gone, in the cloud's two ways of saying so: deleted, asked for and set up again, twice.
+        (
+            {REQUESTED: ["", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"], NODE: ["READY"], PROGRESS: ["new", "new", "success 0"]},
+            ["create", "set up", "delete", "create", "set up", "delete"],
+            0,
+        ),
+        (
+            {
+                REQUESTED: ["ACTIVE", "ACTIVE", "", "ACTIVE"],
+                NODE: ["READY", "PREEMPTED", "READY"],
+                PROGRESS: ["running", "new", "success 0"],
+            },
+            ["delete", "create", "set up", "delete"],
+            0,
+        ),
+        # A command that fails says nothing of the TPU.
+        (
+            {
+                REQUESTED: ["no answer", "ACTIVE"],
+                NODE: ["no answer", "READY"],
+                PROGRESS: ["no answer", "running\nexit-code 1", "success 0"],
+            },
+            ["delete"],
+            0,
+        ),
+        # One worker of two is done; one is new.
+        (
+            {REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["success 0\nrunning", "success 0\nnew", "success 0"]},
+            ["set up", "delete"],
+            0,
+        ),
+        # A set-up that fails is tried again.
+        (
+            {REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["new", "new", "success 0"], "worker.sh": ["no answer", ""]},
+            ["set up", "set up", "delete"],
+            0,
+        ),
+        # What only the user can mend.
+        ({REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["running\nexit-code 2"]}, ["delete"], 2),
+        # Deleting is tried until it is done: chips cost money.
+        ({REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["success 0"], "delete": ["no answer", ""]}, ["delete", "delete"], 0),
+    ],
+    ids=["suspended", "preempted", "no answer", "some workers", "set-up", "mistake", "delete"],
+)
+def test_watching(desk: Desk, answers: dict[str, list[str]], expected: list[str], status: int):
+    desk.launched()
+    desk.script(**answers)
+    done = desk("watch.sh", "my-run")
+    assert (done.returncode, desk.done()) == (status, expected), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("found", "expected"), [("", ["create"]), ("FAILED", ["delete"])])
+def test_a_first_request_that_is_refused_is_not_repeated(desk: Desk, found: str, expected: list[str]):
+    desk.launched()
+    desk.script(**{REQUESTED: [found], "create": ["no answer"]})
+    assert desk("watch.sh", "my-run", "--deploy").returncode in (1, 2)
+    assert desk.done() == expected
+
+
+def test_another_launch_takes_over_a_running_tpu(desk: Desk):
+    desk.launched()
+    desk.script(**{REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["running", "success 0"]})
+    assert desk("watch.sh", "my-run", "--deploy").returncode == 0
+    assert desk.done() == ["set up", "delete"]
+
+
+def test_the_siblings(desk: Desk):
+    desk.launched()
+    for script in ("status.sh", "logs.sh", "stop.sh", "fetch.sh", "teardown.sh"):
+        assert desk(script, "my-run").returncode == 0
+    tpus = ["gcloud", "compute", "tpus"]
+    logs = ["--command=tail -n 2000 gadjax/run.log", "--output-directory=runs/.tpu/my-run/logs", "--quiet"]
+    assert desk.calls == [
+        [*tpus, "queued-resources", "describe", "my-run", WHERE],
+        [*tpus, "tpu-vm", "ssh", "my-run", "--worker=all", "--command=cat gadjax/state && tail -n 3 gadjax/run.log", "--quiet", WHERE],
+        [*tpus, "tpu-vm", "ssh", "my-run", "--worker=all", *logs, WHERE],
+        [*tpus, "tpu-vm", "ssh", "my-run", "--worker=0", "--command=tail -n 20 gadjax/run.log", "--quiet", WHERE],
+        [*tpus, "tpu-vm", "ssh", "my-run", "--worker=all", "--command=sudo systemctl disable --now gadjax", "--quiet", WHERE],
+        ["gcloud", "storage", "rsync", "gs://my-bucket/runs/my-run", "runs/my-run", "--recursive", "--exclude=stages/.*/checkpoints/.*"],
+        [*tpus, "queued-resources", "delete", "my-run", "--force", "--quiet", WHERE],
+    ]
+
+
+def test_a_worker_is_set_up(desk: Desk, tmp_path: Path):
+    desk.have("python3", 'if "site" in sys.argv: print(folder)')
+    desk.have("sudo", 'if sys.argv[1] == "tee": (folder / "unit").write_text(sys.stdin.read())')
+    (desk.stub / "bin").mkdir()
+    desk.have("uv")
+    (tmp_path / "bin" / "uv").rename(desk.stub / "bin" / "uv")
+    done = desk("worker.sh")
+    assert done.returncode == 0, done.stderr
+    assert desk.calls == [
+        ["python3", "-m", "pip", "install", "--quiet", "--user", "uv"],
+        ["python3", "-m", "site", "--user-base"],
+        ["uv", "venv", "--quiet", "--python", "3.11", ".venv"],
+        ["uv", "pip", "install", "--quiet", "--python", ".venv/bin/python", "-c", "constraints.txt", ".[tpu]"],
+        ["sudo", "tee", "/etc/systemd/system/gadjax.service"],
+        ["sudo", "systemctl", "daemon-reload"],
+        ["sudo", "systemctl", "enable", "--quiet", "gadjax"],
+        ["sudo", "systemctl", "restart", "gadjax"],
+    ]
+    unit = (desk.stub / "unit").read_text()
+    assert f"ExecStart={desk.repo}/.venv/bin/gadjax run run.yaml\n" in unit
+    assert "\nRestart=on-failure\n" in unit and "\nRestartPreventExitStatus=2\n" in unit
+    assert """ExecStopPost=/bin/sh -c 'echo "$SERVICE_RESULT $EXIT_STATUS" >state'\n""" in unit
+
+
+def test_what_cannot_be_packed_is_told_before_anything_costs(desk: Desk):
+    (desk.repo / "c.yaml").touch()
+    desk.have("gadjax")
+    desk.have("python", "sys.exit(2)")
+    assert desk("launch.sh", "c.yaml", "--name", "my-run", *OPTIONS).returncode == 2
+    assert [call[0] for call in desk.calls] == ["gadjax", "gadjax", "python"]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("prompts: {train: FOLDER/p.jsonl}", "prompts.train: "),
+        ("prompts: {validation: ../repo/p.jsonl}", "prompts.validation: "),
+        ("student: {path: tpu}", "student.path: "),
+        ("stages: {gad: {algorithm: gad, from: runs/other/warmup}}", "stages.gad.from: "),
+        ("{prompts: {train: p.jsonl}, student: {path: runs/my-run/weights}}", ""),
+    ],
+)
+def test_what_would_not_be_on_the_tpu_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch, config: str, told: str):
+    monkeypatch.chdir(desk.repo)
+    folder = Path("runs/my-run")
+    (folder / "weights").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.replace("FOLDER", str(desk.repo)))
+    Path("p.jsonl").touch()
+    inputs = runpy.run_path("tpu/pack.py")["inputs"]
+    if told:
+        with pytest.raises(UserError, match=re.escape(told) + ".* would not be there on a TPU"):
+            inputs(Run.at(folder))
+    else:
+        assert inputs(Run.at(folder)) == [Path("p.jsonl")]

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Deletes a run's TPU, whatever it is doing. The bucket stays: tpu/launch.sh with the same name goes on from it.
+#   tpu/teardown.sh NAME [--dry-run]
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+recall "$@"
+queued delete "$name" --force --quiet
+[[ -z $bucket ]] || echo "what it left in the bucket goes with: gcloud storage rm --recursive $bucket/$name"
