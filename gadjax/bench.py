@@ -13,8 +13,9 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from gadjax.files import to_json
 from gadjax.models.checkpoint import read_config
 from gadjax.models.decoder import DecoderConfig, Network
 from gadjax.models.fresh import fresh_dims
-from gadjax.steps import Models, Programs
+from gadjax.steps import Models, Programs, responses_of
 from gadjax.terminal import say
-from gadjax.types import Params, Role
+from gadjax.types import Params, Role, Rollout
 
 END = 1  # the id that stands for the end of a turn
+NEVER = -1  # the same where lengths are given: no token ends a response
 SIGMA = 0.6  # of the log-normal lengths of responses
 MEAN = 100 / 256  # their mean before they are cut, as a share of R
 
@@ -68,14 +70,17 @@ class Bench:
     @cached_property
     def prompts(self) -> list[list[int]]:
         """B prompts of P tokens."""
-        rng, count = np.random.default_rng(1), self.programs.stage.batch_groups
-        return rng.integers(2, self.dims.vocabulary, (count, self.config.data.max_prompt_tokens)).tolist()
+        rng, groups = np.random.default_rng(1), self.programs.stage.batch_groups
+        return rng.integers(2, self.dims.vocabulary, (groups, self.config.data.max_prompt_tokens)).tolist()
+
+    def limits(self, each: int) -> np.ndarray:
+        """[B, each] lengths of responses."""
+        return np.array(lengths_of(len(self.prompts) * each, self.config.data.max_response_tokens, 0)).reshape(-1, each)
 
     def responses(self, each: int) -> list[list[list[int]]]:
         """`each` responses to every prompt, each with its end of turn."""
-        rng, longest = np.random.default_rng(2), self.config.data.max_response_tokens
-        lengths = np.array(lengths_of(len(self.prompts) * each, longest, 0)).reshape(-1, each)
-        return [[[*rng.integers(2, self.dims.vocabulary, length - 1).tolist(), END] for length in row] for row in lengths]
+        rng = np.random.default_rng(2)
+        return [[[*rng.integers(2, self.dims.vocabulary, length - 1).tolist(), END] for length in row] for row in self.limits(each)]
 
     def role(self, network: Network) -> Role:
         """A model with random weights."""
@@ -95,6 +100,46 @@ class Bench:
             jax.block_until_ready(work())
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
+
+    def sampled(self) -> Callable[[Params], Rollout]:
+        """Rollouts of made-up lengths, each a step on."""
+        sampler, limits, steps = replace(self.programs, end_of_turn=NEVER).sampler, self.limits(self.programs.samples), count()
+        return lambda params: sampler(params, self.prompts, jax.random.key(0), next(steps), limits)
+
+    def rollout(self) -> dict[str, float]:
+        """Samples for a batch of prompts. An ideal engine computes what is needed: each token once, with its logits."""
+        params, sampled, tokens = self.params(self.programs.models.student), self.sampled(), int(self.limits(self.programs.samples).sum())
+        return self.told(self.timed(lambda: sampled(params)), tokens, self.forward_flops(tokens, tokens))
+
+    def step(self) -> dict[str, float]:
+        """A whole step of GAD: samples, rows, discriminator, student. Beside it, the share in which the devices wait for the host."""
+        programs, each, idle = self.programs, self.programs.samples, list[float]()
+        student, discriminator = self.role(programs.models.student), self.role(programs.models.discriminator)
+        reference, sampled, teacher = self.params(programs.models.student), self.sampled(), self.responses(1)
+
+        def packed(responses: list[Any], *shape_and_logps: Any) -> tuple[Any, float]:
+            start = time.perf_counter()
+            rows = jax.block_until_ready(programs.models.place_rows(pack(self.prompts, responses, *shape_and_logps)))
+            return rows, time.perf_counter() - start
+
+        def step() -> Any:
+            nonlocal student, discriminator
+            start = time.perf_counter()
+            samples, logps = responses_of(sampled(student.params))
+            both = [own + others for own, others in zip(teacher, samples, strict=True)]
+            rows, waited = packed(both, programs.discriminator_rows())
+            discriminator, scores, _ = programs.discriminator_step(discriminator, rows)
+            rows, _ = packed(samples, programs.rows(each), logps)  # the device has the discriminator to do
+            student, metrics = programs.student_step(student, rows, Guidance(reference, scores))
+            jax.block_until_ready(metrics)
+            idle.append(waited / (time.perf_counter() - start))
+            return metrics
+
+        tokens, ours = int(self.limits(each).sum()), _tokens(teacher)
+        prompts = sum(map(len, self.prompts))
+        useful = (2 * each + 1) * prompts + 3 * tokens + ours
+        flops = 5 * self.forward_flops(tokens, tokens) + 3 * self.forward_flops(tokens + ours, 0)
+        return self.told(self.timed(step), useful, flops) | {"idle_fraction": statistics.median(idle[1:])}
 
     def student(self) -> dict[str, float]:
         """The student's step on samples: log-probabilities of student and reference, gradient, update."""
@@ -155,17 +200,30 @@ def _zeros(responses: list[list[list[int]]]) -> list[list[list[float]]]:
     return [[[0.0] * len(answer) for answer in answers] for answers in responses]
 
 
-PARTS: dict[str, Callable[[Bench], dict[str, float]]] = {"student": Bench.student, "discriminator": Bench.discriminator}
+PARTS: dict[str, Callable[[Bench], dict[str, float]]] = {
+    "rollout": Bench.rollout,
+    "student": Bench.student,
+    "discriminator": Bench.discriminator,
+    "step": Bench.step,
+}
 
 
-def bench(part: str | None, config: Path, overrides: list[str], repeats: int, as_json: bool) -> None:
-    """Measures one part, or all, of a config's last stage that samples.
+def bench(words: list[str], config: Path, repeats: int, as_json: bool) -> None:
+    """Measures parts, by default all, of a config's last stage that samples.
+
+    Args:
+        words: parts, and overrides of the config.
+        config: the experiment.
+        repeats: how often each part runs after it was compiled.
+        as_json: one JSON object on stdout.
 
     Raises:
         UserError: there is no such part, or no such stage.
     """
-    if part is not None and part not in PARTS:
-        raise UserError("--part", f"there is no {part}", f"use one of {', '.join(PARTS)}")
+    parts, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    for part in parts:
+        if part not in PARTS:
+            raise UserError("bench", f"there is no part {part}", f"use some of {', '.join(PARTS)}")
     loaded = load_config(config, overrides)
     stage = next((name for name, stage in reversed(loaded.stages.items()) if isinstance(stage, SamplingStageConfig)), None)
     if stage is None:
@@ -173,7 +231,7 @@ def bench(part: str | None, config: Path, overrides: list[str], repeats: int, as
     student = loaded.student
     dims = fresh_dims(student.random, student.random.words) if student.random else read_config(Path(str(student.path)))[1]
     made = Bench(loaded, stage, dims, repeats)
-    found = {name: PARTS[name](made) for name in ([part] if part else PARTS)}
+    found = {name: PARTS[name](made) for name in (parts or PARTS)}
     if as_json:
         print(to_json(found))
         return

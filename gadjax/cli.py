@@ -123,17 +123,18 @@ def export(
 
 @app.command()
 def bench(
-    config: Config,
-    overrides: Overrides = None,
-    part: Annotated[str | None, typer.Option(help="student or discriminator; by default each in turn.")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[rollout|student|discriminator|step]... [KEY=VALUE]...", help="Parts, by default all.")
+    ] = None,
+    config: Annotated[Path, typer.Option(help="The experiment.")] = Path("configs/quickstart.yaml"),
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each part; their median counts.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure the speed of a config's steps on this machine, on made-up data.
+    """Measure the speed of a config's parts on this machine, on made-up data.
 
-    Example: gadjax bench configs/quickstart.yaml --part student
+    Example: gadjax bench rollout --config configs/quickstart.yaml
     """
-    _call("bench", part, config, overrides or [], repeats, as_json)
+    _call("bench", words or [], config, repeats, as_json)
 
 
 def _call(command: str, *arguments: Any) -> None:

@@ -230,14 +230,16 @@ class Sampler:
     def __init__(self, models: Models, data: DataConfig, plan: SamplingPlan):
         self._backend: RolloutBackend = Engine(models.student, models.mesh, plan, data.max_prompt_tokens, models.rollout)
 
-    def __call__(self, params: Params, prompts: Sequence[Sequence[int]], key: jax.Array, step: int) -> Rollout:
+    def __call__(
+        self, params: Params, prompts: Sequence[Sequence[int]], key: jax.Array, step: int, limits_BN: np.ndarray | None = None
+    ) -> Rollout:
         """Samples for B prompts from a student of `step` steps. The streams depend on (key, step, group, sample, position).
 
         Returns:
             a Rollout of NumPy arrays.
         """
         self._backend.update(params, step)
-        return self._backend.generate(prompts, key, step)
+        return self._backend.generate(prompts, key, step, limits_BN)
 
 
 def responses_of(rollout: Rollout) -> tuple[list[list[tuple[int, ...]]], list[list[list[float]]]]:

@@ -35,23 +35,25 @@ def test_useful_tokens_and_needed_products_are_those_counted_by_hand(config: Pat
 
 
 def test_every_part_is_measured(config: Path, capsys: pytest.CaptureFixture[str]):
-    bench(None, config, ["student.random.words=20"], 1, True)
+    bench(["student.random.words=20"], config, 1, True)
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["student", "discriminator"]
-    responses = {"student": sum(lengths_of(16, 16, 0)), "discriminator": sum(lengths_of(24, 16, 0))}
-    prompts = {"student": 16 * 16, "discriminator": 24 * 16}  # padded implementations repeat them
+    assert list(found) == ["rollout", "student", "discriminator", "step"]
+    samples, teacher = sum(lengths_of(16, 16, 0)), sum(lengths_of(8, 16, 0))
+    responses = {"rollout": samples, "student": samples, "discriminator": sum(lengths_of(24, 16, 0)), "step": 3 * samples + teacher}
+    prompts = {"rollout": 0, "student": 16 * 16, "discriminator": 24 * 16, "step": 40 * 16}  # padded implementations repeat them
     for part, values in found.items():
         assert values["useful_tokens"] == responses[part] + prompts[part]
         assert values["useful_tokens_per_second"] == pytest.approx(values["useful_tokens"] / values["seconds"])
         assert values["needed_gflops_per_second"] > 0 and 0.1 < values["peak_gib"] < 50
+    assert 0 < found["step"]["idle_fraction"] < 1
 
 
 def test_a_part_that_is_not_there(config: Path):
-    with pytest.raises(UserError, match=r"^--part: there is no speed; use one of student, discriminator"):
-        bench("speed", config, [], 1, True)
+    with pytest.raises(UserError, match=r"^bench: there is no part speed; use some of rollout, student, discriminator, step"):
+        bench(["speed"], config, 1, True)
 
 
 def test_a_config_without_samples(config: Path):
     config.write_text("stages: {seqkd: {algorithm: seqkd}}")
     with pytest.raises(UserError, match="^stages: none of them samples"):
-        bench(None, config, [], 1, True)
+        bench([], config, 1, True)
