@@ -4,6 +4,7 @@ Every array's dimensions have logical names ("embed", "mlp", "rows", ...); `RULE
 over. Axis types are Auto: the compiler propagates shardings from parameters, batches and a few constraints.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,3 +117,22 @@ def constrain(array: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty:
         return array
     return jax.lax.with_sharding_constraint(array, partition(names, array.shape, mesh))
+
+
+def parts_of(name: str, size: int) -> int:
+    """Into how many parts the mesh in scope divides a dimension of this logical name and size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
+    return 1 if size % parts else parts
+
+
+def on_shards(function: Callable[..., jax.Array], arrays: Sequence[jax.Array], names: Sequence[Sequence[str | None]]) -> jax.Array:
+    """`function` of every device's own parts of `arrays`, which are laid out by their logical names as is the result by the first's.
+
+    For kernels, which the compiler cannot divide. Without a mesh in scope it is `function` of the whole arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arrays)
+    specs = tuple(partition(each, array.shape, mesh) for array, each in zip(arrays, names, strict=True))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

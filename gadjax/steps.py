@@ -73,13 +73,14 @@ class Models:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     @classmethod
-    def of(cls, config: Config, dims: DecoderConfig) -> "Models":
-        """The models of a config for a student of these dimensions."""
+    def of(cls, config: Config, dims: DecoderConfig, devices: Sequence[Any] | None = None) -> "Models":
+        """The models of a config for a student of these dimensions, on `devices` (all there are by default)."""
         how = (jnp.dtype(config.student.compute_dtype), config.student.rematerialise)
-        attend = automatic(config.data.max_prompt_tokens, config.data.max_response_tokens)
+        mesh = make_mesh(config.mesh, devices)
+        attend = automatic(config.data.max_prompt_tokens, config.data.max_response_tokens, mesh.devices.flat[0].platform)
         optimizer = make_optimizer(config.optimizer, optax.constant_schedule(1.0))
         student, judge = language_model(dims, *how, attend), discriminator(dims, *how, attend)
-        return cls(make_mesh(config.mesh), student, judge, optimizer, config.rollout)
+        return cls(mesh, student, judge, optimizer, config.rollout)
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """`jax.jit` with this mesh in scope, so that the constraints inside (`gadjax.sharding.constrain`) hold."""
