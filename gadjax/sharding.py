@@ -17,12 +17,16 @@ from gadjax.section import Section
 
 AXES = ("data", "fsdp", "tensor")
 
+# Products with gathered weights stay whole: as loops over the devices they take twice as long to compile and more memory.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
 RULES: dict[str | None, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),  # packed rows of a micro-batch
     "groups": ("data", "fsdp"),  # prompts of a rollout
     "slots": ("data", "fsdp"),  # samples that a rollout decodes at once
     "embed": ("fsdp",),
     "vocabulary": ("tensor",),
+    "words": AXES,  # the vocabulary while logits are made
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -108,6 +112,8 @@ def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Callable
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*arguments)
 
+    if mesh.devices.flat[0].platform == "tpu":
+        options["compiler_options"] = TPU_OPTIONS
     return jax.jit(on_mesh, **options)
 
 

@@ -107,6 +107,16 @@ class Models:
             moments = optax.tree_utils.tree_map_params(self.optimizer, placed, state, shardings, transform_non_params=everywhere)
         return Role(jax.tree.map(placed, network.shapes, shardings), moments)
 
+    def abstract_reference(self) -> Params:
+        """Shapes and shardings of a reference student, which only computes: in the compute dtype."""
+        shapes, shardings = jax.eval_shape(self.student.in_compute_dtype, self.student.shapes), self.params_shardings(self.student)
+        return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+
+    def reference(self, params: Params) -> Params:
+        """A student that only computes, as its parameters are now. They are copied, for steps donate what they are given."""
+        shardings = shardings_of(self.abstract_reference())
+        return self.jit(lambda params: jax.tree.map(jnp.copy, self.student.in_compute_dtype(params)), out_shardings=shardings)(params)
+
     def abstract_state(self, with_discriminator: bool) -> TrainState:
         """Shapes and shardings of the whole training state."""
         return TrainState(self.abstract_role(self.student), self.abstract_role(self.discriminator) if with_discriminator else None)
@@ -209,12 +219,12 @@ class Programs:
         """(student's parameters, rows) -> cross entropy in nats a token."""
         return self.models.jit(seqkd.make_loss(self.models.student), out_shardings=replicated(self.models.mesh))
 
-    @cached_property
-    def sampler(self) -> "Sampler":
-        """The stage's rollouts."""
+    @property
+    def sampling_plan(self) -> SamplingPlan:
+        """What its rollouts are compiled for."""
         assert isinstance(self.stage, SamplingStageConfig)
         stage = self.stage
-        plan = SamplingPlan(
+        return SamplingPlan(
             samples=stage.group_size,
             response_tokens=self.data.max_response_tokens,
             temperature=stage.temperature,
@@ -222,7 +232,11 @@ class Programs:
             top_k=stage.top_k,
             top_p=stage.top_p,
         )
-        return Sampler(self.models, self.data, plan)
+
+    @cached_property
+    def sampler(self) -> "Sampler":
+        """The stage's rollouts."""
+        return Sampler(self.models, self.data, self.sampling_plan)
 
 
 class Sampler:
