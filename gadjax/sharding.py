@@ -24,6 +24,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),  # packed rows of a micro-batch
     "groups": ("data", "fsdp"),  # prompts of a rollout
     "slots": ("data", "fsdp"),  # samples that a rollout decodes at once
+    "tokens": ("tensor",),  # of a row, between layers
     "embed": ("fsdp",),
     "vocabulary": ("tensor",),
     "words": AXES,  # the vocabulary while logits are made

@@ -215,14 +215,15 @@ class Trunk(nnx.Module):
             [..., D] hidden states after the final norm, in the compute dtype, and what every layer remembered, stacked.
         """
         x = self.embedding[...][tokens].astype(self.dtype)
-        x = constrain(x, "rows", *[None] * (x.ndim - 1))  # weights travel, not tokens
+        x = _between_layers(x)
         angles = rotary_angles(positions, self.config)
         structure, layers = nnx.split(self.blocks)
 
         def layer(x: jax.Array, weights_and_memory: tuple[Any, Memory]) -> tuple[jax.Array, Memory]:
             weights, memory = weights_and_memory
             weights = jax.tree.map(self._laid_out, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-            return nnx.merge(structure, weights)(x, angles, attend, memory)
+            x, memory = nnx.merge(structure, weights)(x, angles, attend, memory)
+            return _between_layers(x), memory
 
         if self.rematerialise:
             layer = jax.checkpoint(layer)
@@ -251,6 +252,11 @@ class Trunk(nnx.Module):
             return rms_norm(x, self.norm[...], self.config.norm_epsilon), remembered
 
         return run
+
+
+def _between_layers(x: jax.Array) -> jax.Array:
+    """What a gradient keeps of a layer, divided over all devices; between them weights travel rather than tokens."""
+    return constrain(x, "rows", "tokens", *[None] * (x.ndim - 2))
 
 
 class LanguageModel(nnx.Module):

@@ -7,7 +7,7 @@ from typing import Any
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.hlo import moved
 from gadjax.planning.programs import Step, bytes_on_chip
-from gadjax.planning.topology import GIB, Topology
+from gadjax.planning.topology import GIB, LOCAL, Topology
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def measure(step: Step, topology: Topology) -> Measured:
     return Measured(
         arguments_gib=memory.argument_size_in_bytes / GIB,
         temporaries_gib=memory.temp_size_in_bytes / GIB,
-        peak_gib=_peak(memory) / GIB,
+        peak_gib=_peak(memory, topology) / GIB,
         beside_gib=bytes_on_chip(step.beside) / GIB,
         flops=flops,
         memory_gib=moves.memory / GIB,
@@ -75,8 +75,8 @@ def measure(step: Step, topology: Topology) -> Measured:
     )
 
 
-def _peak(memory: Any) -> float:
-    """The compiler's peak; the CPU's leaves temporaries out, so that there all that it lists is added up."""
-    if memory.peak_memory_in_bytes >= memory.temp_size_in_bytes:
+def _peak(memory: Any, topology: Topology) -> float:
+    """The compiler's peak; that of devices at hand may leave temporaries out, so that there all that it lists is added up."""
+    if topology.name != LOCAL:
         return memory.peak_memory_in_bytes
     return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
