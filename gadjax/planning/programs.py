@@ -141,12 +141,13 @@ class Traced:
         models = self.programs.models
         engine, student = self.engine, models.abstract_role(models.student)
         judge = models.abstract_role(models.discriminator)
-        everything = (student, judge, self.reference, engine.resident(self.work.groups))
+        held = engine.resident(self.work.groups)
+        everything = (student, judge, self.reference, held)
         _, slots, together = engine.sizes(self.work.groups)
         times = {"prefill": self.work.prefills(together), "decode": self.work.decode_steps(slots)}
         return [
             Step(name, traced, lambda depth: 1.0, times.get(name, 1.0), _without(everything, arguments))
-            for name, traced, arguments in engine.traced(student.params, self.work.groups)
+            for name, traced, arguments in engine.traced(student.params, held)
         ]
 
     def all(self) -> list[Step]:

@@ -31,7 +31,7 @@ SPARE = 2  # prompts at hand for each that full slots need
 HALVINGS = 2  # of the slots at the end
 FEWEST = 8  # slots that are not halved
 SHORT = 128  # response tokens below which that is not worth its compilation
-PREFILL_TOKENS = 8192  # prefilled together on one device
+PREFILL_TOKENS = 2048  # prefilled together on one device
 SHORTEST = 64  # tokens of the shortest prefill
 NOWHERE = FOREVER = 2**30
 
@@ -80,10 +80,10 @@ class Engine:
         state, _ = decoded(resident, state, begun, FOREVER)
         return self._rollout(state, len(prompts))
 
-    def traced(self, params: Params, groups: int) -> list[tuple[str, Any, Any]]:
-        """The programs of a rollout of so many groups, for a plan: name, the traced program, its arguments. `params` are abstract."""
-        _, _, together = self.sizes(groups)
-        order, resident, state = self.resident(groups)
+    def traced(self, params: Params, held: tuple[Order, Prompts, Decoding]) -> list[tuple[str, Any, Any]]:
+        """The programs of a rollout, for a plan: name, the traced program, its arguments. `params`, and `held` by it, are abstract."""
+        order, resident, state = held
+        _, _, together = self.sizes(order.lengths_B.shape[0])
 
         def array(shape: tuple[int, ...], *names: str | None) -> Any:
             return jax.ShapeDtypeStruct(shape, np.int32, sharding=named_sharding(names, shape, self._mesh))
