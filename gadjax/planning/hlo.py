@@ -27,6 +27,7 @@ FREE = {
     "partition-id",
     "iota",
 }
+SCALAR = 8  # bytes
 PLAIN = {"parameter", "constant", "get-tuple-element", "bitcast", "copy", "fusion", "compare", "tuple"}  # in a counted loop's condition
 ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\](\{[^}]*\})?")
 LINE = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = ")
@@ -69,13 +70,10 @@ class Moved:
     counts: dict[str, float] = field(default_factory=dict)
 
 
-def array_bytes(type_text: str) -> int:
+def array_bytes(type_text: str) -> float:
     """Bytes in the chip's memory of a type, a tuple's all together; layouts `S(n)` other than 0 are elsewhere."""
-    return sum(
-        math.prod(int(size) for size in shape.split(",") if size) * _item(dtype)
-        for dtype, shape, layout in ARRAY.findall(type_text)
-        if not re.search(r"S\([1-9]", layout)
-    )
+    layouts = [layout for _, _, layout in ARRAY.findall(type_text)]
+    return sum(size for size, layout in zip(_parts(type_text), layouts, strict=True) if not re.search(r"S\([1-9]", layout))
 
 
 def _item(dtype: str) -> float:
@@ -142,22 +140,35 @@ def moved(text: str, trips: Trips) -> Moved:
                 size = _largest(each) * (2 if kind == "all-reduce" else 1)
                 total.links[kind] = total.links.get(kind, 0.0) + times * size
                 total.counts[kind] = total.counts.get(kind, 0.0) + times
-            elif each.operation == "fusion":
-                total.memory += times * _fusion(each, computations.get(_called(each.rest, "calls"), []), sizes)
-            elif each.operation == "dynamic-update-slice":
-                total.memory += times * 2 * sizes.get(each.operands[1], 0)
-            elif each.operation not in FREE and not each.operation.endswith("-done"):
-                read = 0 if each.operation == "dynamic-slice" else sum(sizes.get(operand, 0) for operand in each.operands)
-                total.memory += times * (read + sizes[each.name])
+            else:
+                total.memory += times * _touched_by(each, computations, sizes)
 
     visit(entry, 1.0, 0)
     return total
 
 
+def _touched_by(each: Instruction, computations: dict[str, list[Instruction]], sizes: dict[str, float]) -> float:
+    """Bytes that an instruction reads from memory and writes to it."""
+    if each.operation in FREE or each.operation.endswith("-done"):
+        return 0.0
+    if each.operation == "fusion":
+        return _fusion(each, computations.get(_called(each.rest, "calls"), []), sizes)
+    if each.operation in ("slice-start", "dynamic-slice-start", "copy-start"):
+        return min(size for size in _parts(each.type) if size > SCALAR)
+    if each.operation in ("dynamic-update-slice", "scatter"):
+        return 2 * sizes.get(each.operands[1 if each.operation == "dynamic-update-slice" else 2], 0)
+    read = 0.0 if each.operation == "dynamic-slice" else sum(sizes.get(operand, 0) for operand in each.operands)
+    return read + sizes[each.name]
+
+
 def _largest(each: Instruction) -> float:
     """Bytes of a collective's result; of a started one, whose type holds operand and result, of the larger."""
-    parts = [array_bytes(re.sub(r"S\(\d+\)", "", f"{dtype}[{shape}]")) for dtype, shape, _ in ARRAY.findall(each.type)]
-    return max(parts, default=0) if each.operation.endswith("-start") else sum(parts)
+    return max(_parts(each.type)) if each.operation.endswith("-start") else sum(_parts(each.type))
+
+
+def _parts(type_text: str) -> list[float]:
+    """Bytes of each array of a type, wherever they are."""
+    return [math.prod(int(size) for size in shape.split(",") if size) * _item(dtype) for dtype, shape, _ in ARRAY.findall(type_text)]
 
 
 def _called(rest: str, key: str) -> str:
@@ -180,7 +191,7 @@ def _reached(computations: dict[str, list[Instruction]], name: str) -> Iterator[
             yield from _reached(computations, called)
 
 
-def _fusion(each: Instruction, body: list[Instruction], sizes: dict[str, int]) -> float:
+def _fusion(each: Instruction, body: list[Instruction], sizes: dict[str, float]) -> float:
     """Bytes that a fusion reads and writes."""
     parameters = {inner.name: inner.number or 0 for inner in body if inner.operation == "parameter"}
     inner_sizes = {inner.name: array_bytes(re.sub(r"S\(\d+\)", "", inner.type)) for inner in body}
@@ -191,16 +202,18 @@ def _fusion(each: Instruction, body: list[Instruction], sizes: dict[str, int]) -
         sliced = [_touched(name, user, inner_sizes) for user in users]
         if users and all(size is not None for size in sliced):
             total += min(whole, sum(size or 0 for size in sliced))
-            updated |= any(user.operation == "dynamic-update-slice" for user in users)
+            updated |= any(user.operation in ("dynamic-update-slice", "scatter") for user in users)
         else:
             total += whole
     return total if updated else total + sizes[each.name]
 
 
-def _touched(name: str, user: Instruction, sizes: dict[str, int]) -> int | None:
+def _touched(name: str, user: Instruction, sizes: dict[str, float]) -> float | None:
     """Bytes of `name` that a slicing instruction touches; None if it takes the whole."""
     if user.operation == "dynamic-slice" and user.operands[0] == name:
         return sizes[user.name]
     if user.operation == "dynamic-update-slice" and user.operands[0] == name:
         return 2 * sizes[user.operands[1]]
+    if user.operation == "scatter" and user.operands[0] == name:
+        return 2 * sizes[user.operands[2]]
     return None

@@ -137,16 +137,16 @@ class Traced:
         return Step("discriminator", traced, self.trips(self.work.rows_used(shape, each), shape, 0), 1.0, beside)
 
     def rollout(self) -> list[Step]:
-        """The programs of a rollout, by the engine's own names. The decode loop's is one of its steps."""
+        """The programs of a rollout, by the engine's own names; of the decode loop all of its steps together."""
         models = self.programs.models
         engine, student = self.engine, models.abstract_role(models.student)
         judge = models.abstract_role(models.discriminator)
         held = engine.resident(self.work.groups)
         everything = (student, judge, self.reference, held)
         _, slots, together = engine.sizes(self.work.groups)
-        times = {"prefill": self.work.prefills(together), "decode": self.work.decode_steps(slots)}
+        prefills, steps = self.work.prefills(together), self.work.decode_steps(slots)
         return [
-            Step(name, traced, lambda depth: 1.0, times.get(name, 1.0), _without(everything, arguments))
+            Step(name, traced, lambda depth: steps, prefills if name == "prefill" else 1.0, _without(everything, arguments))
             for name, traced, arguments in engine.traced(student.params, held)
         ]
 
