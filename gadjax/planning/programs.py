@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gadjax.algorithms.forward import columns
 from gadjax.algorithms.stage import Guidance
 from gadjax.data.packing import RowShape
+from gadjax.models.cache_attention import RESPONSE_BLOCK, RESPONSE_BLOCKS
 from gadjax.models.decoder import DecoderConfig, Trunk
 from gadjax.planning.flops import Trips
 from gadjax.planning.workload import Workload
@@ -145,8 +146,15 @@ class Traced:
         everything = (student, judge, self.reference, held)
         _, slots, together = engine.sizes(self.work.groups)
         prefills, steps = self.work.prefills(together), self.work.decode_steps(slots)
+        blocks = min(RESPONSE_BLOCKS, -(-self.programs.data.max_response_tokens // RESPONSE_BLOCK))
         return [
-            Step(name, traced, lambda depth: steps, prefills if name == "prefill" else 1.0, _without(everything, arguments))
+            Step(
+                name,
+                traced,
+                lambda depth: steps if depth == 0 else blocks,
+                prefills if name == "prefill" else 1.0,
+                _without(everything, arguments),
+            )
             for name, traced, arguments in engine.traced(student.params, held)
         ]
 

@@ -46,7 +46,7 @@ class Engine:
         self._params: Params = {}
         self._version = 0
         self._begin = jit_on(mesh, self._first, static_argnums=(0, 1))
-        self._weights = jit_on(mesh, make_weights(network))
+        self._weights = jit_on(mesh, make_weights(network), out_shardings=self._weights_layout())
         self._prefill = jit_on(mesh, make_prefill(network), donate_argnums=1)
         self._decode = jit_on(mesh, make_decode(network, plan), donate_argnums=3)
         self._fewer = jit_on(mesh, fewer, static_argnums=1)
@@ -90,7 +90,11 @@ class Engine:
 
         tokens = array((together, self._prompt_tokens), "groups", None)
         filled = (params, resident, tokens, *[array((together,), None)] * 3)
-        decoded = (params, resident, order, state, *[array(())] * 3)
+        shapes = jax.eval_shape(make_weights(self._network), params)
+        weights = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, self._weights_layout()
+        )
+        decoded = (weights, resident, order, state, *[array(())] * 3)
         return [("prefill", self._prefill.trace(*filled), filled), ("decode", self._decode.trace(*decoded), decoded)]
 
     def resident(self, groups: int) -> tuple[Order, Prompts, Decoding]:
@@ -107,6 +111,14 @@ class Engine:
         slots = jax.tree.map(lambda leaf: placed(leaf, "slots"), state.slots)
         everywhere = jax.tree.map(lambda leaf: placed(leaf, None), (order, state.next, state.responses))
         return everywhere[0], prompts, Decoding(slots, *everywhere[1:])
+
+    def _weights_layout(self) -> Params:
+        """Where the decode loop's weights lie: as in training."""
+        axes, layers = self._network.axes, self._network.bind(self._network.shapes).trunk.config.layers
+        blocks = [{name: names[1:] for name, names in axes["trunk"]["blocks"].items()}] * layers
+        shapes = jax.eval_shape(make_weights(self._network), self._network.shapes)
+        apart = axes | {"trunk": axes["trunk"] | {"blocks": blocks}}
+        return jax.tree.map(lambda leaf, names: named_sharding(names, leaf.shape, self._mesh), shapes, apart)
 
     def sizes(self, groups: int) -> tuple[int, int, int]:
         """For so many groups: G, S and C."""
