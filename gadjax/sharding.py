@@ -106,7 +106,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
     """`jax.jit` with a mesh in scope, so that the constraints inside (`constrain`) hold."""
 
     def on_mesh(*arguments: Any) -> Any:

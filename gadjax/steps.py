@@ -82,7 +82,7 @@ class Models:
         student, judge = language_model(dims, *how, attend), discriminator(dims, *how, attend)
         return cls(mesh, student, judge, optimizer, config.rollout)
 
-    def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def jit(self, function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
         """`jax.jit` with this mesh in scope, so that the constraints inside (`gadjax.sharding.constrain`) hold."""
         return jit_on(self.mesh, function, **options)
 
@@ -196,13 +196,13 @@ class Programs:
         return row_shape(self.data, self.models.mesh, groups or self.stage.batch_groups, 1 + self.samples, together=True)
 
     @cached_property
-    def student_step(self) -> Callable[..., Any]:
+    def student_step(self) -> jax.stages.Wrapped:
         """(student, rows, guidance) -> (student, metrics); the student is donated."""
         role = shardings_of(self.models.abstract_role(self.models.student))
         return self.models.jit(self.algorithm.student, donate_argnums=0, out_shardings=(role, replicated(self.models.mesh)))
 
     @cached_property
-    def discriminator_step(self) -> Callable[..., Any]:
+    def discriminator_step(self) -> jax.stages.Wrapped:
         """(discriminator, rows) -> (discriminator, scores_BJ, metrics); the discriminator is donated."""
         assert self.algorithm.discriminator is not None
         everywhere = replicated(self.models.mesh)

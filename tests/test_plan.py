@@ -99,7 +99,7 @@ def test_bytes_between_devices_count_as_often_as_they_travel():
 
     shared = jax.shard_map(work, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"), check_vma=False)
     text = jax.jit(shared).lower(jnp.zeros((8, 1000))).compile().as_text()
-    found = moved(text, lambda _: 1)
+    found = moved(str(text), lambda _: 1)
     assert found.counts == {"all-reduce": 6}
     assert found.links == {"all-reduce": 6 * 2 * 4000}
     assert 6 * 2 * 4000 <= found.memory <= 6 * 8 * 4000
@@ -110,7 +110,7 @@ def test_a_slice_is_read_and_an_update_written_in_place():
         return jax.lax.fori_loop(0, 50, lambda i, out: out.at[i].set(jnp.sin(stack[i])), out)
 
     text = jax.jit(work, donate_argnums=1).lower(jnp.zeros((50, 1000)), jnp.zeros((50, 1000))).compile().as_text()
-    assert moved(text, lambda _: 1).memory < 50 * 10 * 4000  # and not 50 times the whole stack
+    assert moved(str(text), lambda _: 1).memory < 50 * 10 * 4000  # and not 50 times the whole stack
 
 
 def test_the_plan_of_devices_at_hand(config: Path, capsys: pytest.CaptureFixture[str]):

@@ -30,7 +30,7 @@ def attended(way: AttendRows, cells: Cells, heads: int, kv_heads: int, mesh: Mes
     valid = jnp.asarray(cells.segments_ML >= 0)[..., None, None, None]
 
     def run(cells: Cells, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        out, back = jax.vjp(lambda *arrays: jnp.where(valid, way(cells)(*arrays, None)[0], 0.0), *arrays)
+        out, back = jax.vjp(lambda *arrays: jnp.where(valid, way(cells)(*arrays, memory=None)[0], 0.0), *arrays)
         return out, *back(jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
 
     over = make_mesh(mesh, jax.devices()[:devices])

@@ -230,7 +230,7 @@ class Trunk(nnx.Module):
         x, memory = jax.lax.scan(layer, x, (layers, memory), unroll=self.config.layers <= UNROLLED_LAYERS)
         return rms_norm(x, self.norm[...], self.config.norm_epsilon), memory
 
-    def _laid_out(self, weight: nnx.Param[jax.Array]) -> nnx.Param[jax.Array]:
+    def _laid_out(self, weight: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
         """One layer's weight in the compute dtype, which is what travels between devices, and its gradient where the weight lies."""
         axes = weight.get_metadata()["axes"][1:]
         return weight if "norm" in axes else weight.replace(constrain(weight[...].astype(self.dtype), *axes))

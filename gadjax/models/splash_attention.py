@@ -10,6 +10,7 @@ Letters: M rows, L tokens of a row, K key/value heads, G query heads per key/val
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ def _run(query: jax.Array, key: jax.Array, value: jax.Array, segments_ML: jax.Ar
     sizes = kernel.BlockSizes(**dict.fromkeys(SIZES, block))
     mask = MultiHeadMask([CausalMask((length, length))] * heads)
     attention = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    return jax.vmap(attention)(query, key, value, kernel.SegmentIds(segments_ML, segments_ML))
+    out: Any = jax.vmap(attention)(query, key, value, kernel.SegmentIds(segments_ML, segments_ML))
+    return out
 
 
 SIZES = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")

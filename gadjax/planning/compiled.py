@@ -45,7 +45,7 @@ class Measured:
         """On a chip while it runs."""
         return self.peak_gib + self.beside_gib
 
-    def told(self) -> dict[str, object]:
+    def told(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"needed_gib": self.needed_gib}
 

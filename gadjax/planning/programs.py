@@ -122,7 +122,9 @@ class Traced:
         """The student's step."""
         programs, each = self.programs, self.programs.samples if self.programs.algorithm.student_reads == "samples" else 1
         models, shape = programs.models, programs.rows(each)
-        scores = jax.ShapeDtypeStruct((shape.groups, 1 + each), jnp.float32, sharding=named_sharding((None, None), (1, 1), models.mesh))
+        scores: Any = jax.ShapeDtypeStruct(
+            (shape.groups, 1 + each), jnp.float32, sharding=named_sharding((None, None), (1, 1), models.mesh)
+        )
         guidance = Guidance(self.reference, scores)
         traced = programs.student_step.trace(models.abstract_role(models.student), rows_of(programs, shape, each), guidance)
         used, tokens = self.work.rows_used(shape, each), self.work.response_tokens(each)

@@ -1,6 +1,7 @@
 """How long a run takes and what its teacher costs."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from gadjax.config import Config
 from gadjax.data.pipeline import steps
@@ -79,6 +80,6 @@ def teacher_of(config: Config, work: Workload, prompts: int) -> Teacher:
     return Teacher(calls, None if price is None else calls * price.cost(work.prompt_tokens, work.mean_response))
 
 
-def told(stages: dict[str, StagePlan]) -> dict[str, object]:
+def told(stages: dict[str, StagePlan]) -> dict[str, Any]:
     """For JSON."""
     return {name: asdict(stage) for name, stage in stages.items()}
