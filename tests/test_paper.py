@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOPOLOGIES = {  # the smallest that was found to do
+TOPOLOGIES = {  # the smallest that is meant to do
     "qwen2.5-3b": "v5e:4x4",
     "llama-3.2-3b": "v5e:4x4",
     "qwen2.5-7b": "v6e:4x4",
