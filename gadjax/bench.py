@@ -40,9 +40,9 @@ SIGMA = 0.6  # of the log-normal lengths of responses
 MEAN = 100 / 256  # their mean before they are cut, as a share of R
 
 
-def lengths_of(count: int, longest: int, seed: int) -> list[int]:
-    """Lengths of responses as chats have them: log-normal, cut at `longest`."""
-    rng, centre = random.Random(seed), math.log(MEAN * longest) - SIGMA**2 / 2
+def lengths_of(count: int, longest: int, seed: int, mean: float = MEAN) -> list[int]:
+    """Lengths of responses as chats have them: log-normal, cut at `longest`; `mean` is a share of it."""
+    rng, centre = random.Random(seed), math.log(mean * longest) - SIGMA**2 / 2
     return [max(1, min(longest, round(math.exp(rng.gauss(centre, SIGMA))))) for _ in range(count)]
 
 

@@ -28,7 +28,11 @@ COMMANDS = {  # command -> "module:function"
     "report": "gadjax.run:report",
     "export": "gadjax.run:export",
     "bench": "gadjax.bench:bench",
+    "plan": "gadjax.plan:plan",
 }
+
+# The TPU's compiler without a TPU: nobody is asked what machine this is, and several processes may compile.
+COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LIBRARY_LOG_LEVEL": "3"}
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells count
 
@@ -135,6 +139,28 @@ def bench(
     Example: gadjax bench rollout --config configs/quickstart.yaml
     """
     _call("bench", words or [], config, repeats, as_json)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str, typer.Option(help="Chips to plan for, as v5p:2x2x4 or v5e:4x4, or `local` for the devices at hand.")
+    ] = "local",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to train on.")] = 200_000,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of a prompt; by default the longest allowed.")] = None,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Of a response, in the mean.")] = 400,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Rank meshes and rows, and compile the best three.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell what a config needs on a TPU, how long it takes and what it costs; needs no TPU, weights or data.
+
+    Example: gadjax plan configs/paper/qwen2.5-7b.yaml --topology v5p:2x2x4
+    """
+    if topology != "local":
+        os.environ.update(COMPILE_ONLY)
+    _call("plan", config, overrides or [], topology, (prompts, prompt_tokens, response_tokens), suggest, as_json)
 
 
 def _call(command: str, *arguments: Any) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gadjax.sharding import constrain
+
 
 def projected_log_probs(
     hidden_MLD: jax.Array, weight_VD: jax.Array, targets_ML: jax.Array, used: jax.Array, temperature: float, chunk: int
@@ -42,8 +44,17 @@ def _projected(
 
 
 def _logits(hidden_MCD: jax.Array, weight_VD: jax.Array, temperature: float) -> jax.Array:
-    flat = jnp.einsum("td,vd->tv", hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), weight_VD, preferred_element_type=jnp.float32)
+    hidden_TD = constrain(hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), None, None)
+    flat = constrain(jnp.einsum("td,vd->tv", hidden_TD, weight_VD, preferred_element_type=jnp.float32), None, "words")
     return flat.reshape(*hidden_MCD.shape[:-1], -1) / temperature
+
+
+def _spread(weight_VD: jax.Array) -> jax.Array:
+    """The projection with its rows over all devices: each then has its words' logits of every token, and its own part of the gradient.
+
+    With the tokens divided instead, every chunk's gradient would be a whole [V, D] to be summed over the devices.
+    """
+    return constrain(weight_VD, "words", None)
 
 
 def _chunks(used: jax.Array, chunk: int) -> jax.Array:
@@ -53,7 +64,7 @@ def _chunks(used: jax.Array, chunk: int) -> jax.Array:
 def _project(
     hidden_MLD: jax.Array, weight_VD: jax.Array, targets_ML: jax.Array, used: jax.Array, temperature: float, chunk: int
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    weight = weight_VD.astype(hidden_MLD.dtype)
+    weight = _spread(weight_VD.astype(hidden_MLD.dtype))
     zeros_ML = jnp.zeros(targets_ML.shape, jnp.float32)
 
     def add(index: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -76,7 +87,7 @@ def _project(
 
 def _project_back(temperature: float, chunk: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, ...]:
     hidden_MLD, weight_VD, targets_ML, used, normaliser_ML = kept
-    weight, by_logp_ML = weight_VD.astype(hidden_MLD.dtype), cotangents[0]
+    weight, by_logp_ML = _spread(weight_VD.astype(hidden_MLD.dtype)), cotangents[0]
 
     def add(index: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         by_hidden_MLD, by_weight_VD = found
@@ -88,12 +99,13 @@ def _project_back(temperature: float, chunk: int, kept: Any, cotangents: tuple[j
         chosen_MCV = jax.nn.one_hot(targets_MC, weight.shape[0], dtype=jnp.float32)
         by_logits_MCV = (chosen_MCV - probs_MCV) * (by_logp_MC / temperature)[..., None]
         by_logits_TV = by_logits_MCV.astype(weight.dtype).reshape(-1, weight.shape[0])
-        by_hidden_MCD = (by_logits_TV @ weight).reshape(hidden_MCD.shape)
-        flat_TD = hidden_MCD.reshape(-1, hidden_MCD.shape[-1])
-        by_weight_VD += jnp.einsum("tv,td->vd", by_logits_TV, flat_TD, preferred_element_type=jnp.float32)
+        by_hidden_TD = jnp.einsum("tv,vd->td", by_logits_TV, weight, preferred_element_type=jnp.float32)
+        by_hidden_MCD = constrain(by_hidden_TD.reshape(hidden_MCD.shape), "rows", None, None).astype(weight.dtype)
+        flat_TD = constrain(hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), None, None)
+        by_weight_VD = _spread(by_weight_VD + jnp.einsum("tv,td->vd", by_logits_TV, flat_TD, preferred_element_type=jnp.float32))
         return jax.lax.dynamic_update_slice_in_dim(by_hidden_MLD, by_hidden_MCD, at, axis=1), by_weight_VD
 
-    zeros = (jnp.zeros_like(hidden_MLD), jnp.zeros(weight_VD.shape, jnp.float32))
+    zeros = (jnp.zeros_like(hidden_MLD), _spread(jnp.zeros(weight_VD.shape, jnp.float32)))
     by_hidden_MLD, by_weight_VD = jax.lax.fori_loop(0, _chunks(used, chunk), add, zeros)
     return by_hidden_MLD, by_weight_VD.astype(weight_VD.dtype), None, None
 

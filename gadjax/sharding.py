@@ -4,6 +4,7 @@ Every array's dimensions have logical names ("embed", "mlp", "rows", ...); `RULE
 over. Axis types are Auto: the compiler propagates shardings from parameters, batches and a few constraints.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +17,17 @@ from gadjax.section import Section
 
 AXES = ("data", "fsdp", "tensor")
 
+# Products with gathered weights stay whole: as loops over the devices they take twice as long to compile and more memory.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
 RULES: dict[str | None, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),  # packed rows of a micro-batch
     "groups": ("data", "fsdp"),  # prompts of a rollout
     "slots": ("data", "fsdp"),  # samples that a rollout decodes at once
+    "tokens": ("tensor",),  # of a row, between layers
     "embed": ("fsdp",),
     "vocabulary": ("tensor",),
+    "words": AXES,  # the vocabulary while logits are made
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -100,13 +106,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
     """`jax.jit` with a mesh in scope, so that the constraints inside (`constrain`) hold."""
 
     def on_mesh(*arguments: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*arguments)
 
+    if mesh.devices.flat[0].platform == "tpu":
+        options["compiler_options"] = TPU_OPTIONS
     return jax.jit(on_mesh, **options)
 
 
@@ -116,3 +124,22 @@ def constrain(array: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty:
         return array
     return jax.lax.with_sharding_constraint(array, partition(names, array.shape, mesh))
+
+
+def parts_of(name: str, size: int) -> int:
+    """Into how many parts the mesh in scope divides a dimension of this logical name and size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
+    return 1 if size % parts else parts
+
+
+def on_shards(function: Callable[..., jax.Array], arrays: Sequence[jax.Array], names: Sequence[Sequence[str | None]]) -> jax.Array:
+    """`function` of every device's own parts of `arrays`, which are laid out by their logical names as is the result by the first's.
+
+    For kernels, which the compiler cannot divide. Without a mesh in scope it is `function` of the whole arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arrays)
+    specs = tuple(partition(each, array.shape, mesh) for array, each in zip(arrays, names, strict=True))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

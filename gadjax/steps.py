@@ -73,15 +73,16 @@ class Models:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     @classmethod
-    def of(cls, config: Config, dims: DecoderConfig) -> "Models":
-        """The models of a config for a student of these dimensions."""
+    def of(cls, config: Config, dims: DecoderConfig, devices: Sequence[Any] | None = None) -> "Models":
+        """The models of a config for a student of these dimensions, on `devices` (all there are by default)."""
         how = (jnp.dtype(config.student.compute_dtype), config.student.rematerialise)
-        attend = automatic(config.data.max_prompt_tokens, config.data.max_response_tokens)
+        mesh = make_mesh(config.mesh, devices)
+        attend = automatic(config.data.max_prompt_tokens, config.data.max_response_tokens, mesh.devices.flat[0].platform)
         optimizer = make_optimizer(config.optimizer, optax.constant_schedule(1.0))
         student, judge = language_model(dims, *how, attend), discriminator(dims, *how, attend)
-        return cls(make_mesh(config.mesh), student, judge, optimizer, config.rollout)
+        return cls(mesh, student, judge, optimizer, config.rollout)
 
-    def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def jit(self, function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
         """`jax.jit` with this mesh in scope, so that the constraints inside (`gadjax.sharding.constrain`) hold."""
         return jit_on(self.mesh, function, **options)
 
@@ -105,6 +106,16 @@ class Models:
         with jax.transfer_guard("allow"):  # optax makes real counters on the way
             moments = optax.tree_utils.tree_map_params(self.optimizer, placed, state, shardings, transform_non_params=everywhere)
         return Role(jax.tree.map(placed, network.shapes, shardings), moments)
+
+    def abstract_reference(self) -> Params:
+        """Shapes and shardings of a reference student, which only computes: in the compute dtype."""
+        shapes, shardings = jax.eval_shape(self.student.in_compute_dtype, self.student.shapes), self.params_shardings(self.student)
+        return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+
+    def reference(self, params: Params) -> Params:
+        """A student that only computes, as its parameters are now. They are copied, for steps donate what they are given."""
+        shardings = shardings_of(self.abstract_reference())
+        return self.jit(lambda params: jax.tree.map(jnp.copy, self.student.in_compute_dtype(params)), out_shardings=shardings)(params)
 
     def abstract_state(self, with_discriminator: bool) -> TrainState:
         """Shapes and shardings of the whole training state."""
@@ -185,13 +196,13 @@ class Programs:
         return row_shape(self.data, self.models.mesh, groups or self.stage.batch_groups, 1 + self.samples, together=True)
 
     @cached_property
-    def student_step(self) -> Callable[..., Any]:
+    def student_step(self) -> jax.stages.Wrapped:
         """(student, rows, guidance) -> (student, metrics); the student is donated."""
         role = shardings_of(self.models.abstract_role(self.models.student))
         return self.models.jit(self.algorithm.student, donate_argnums=0, out_shardings=(role, replicated(self.models.mesh)))
 
     @cached_property
-    def discriminator_step(self) -> Callable[..., Any]:
+    def discriminator_step(self) -> jax.stages.Wrapped:
         """(discriminator, rows) -> (discriminator, scores_BJ, metrics); the discriminator is donated."""
         assert self.algorithm.discriminator is not None
         everywhere = replicated(self.models.mesh)
@@ -208,12 +219,12 @@ class Programs:
         """(student's parameters, rows) -> cross entropy in nats a token."""
         return self.models.jit(seqkd.make_loss(self.models.student), out_shardings=replicated(self.models.mesh))
 
-    @cached_property
-    def sampler(self) -> "Sampler":
-        """The stage's rollouts."""
+    @property
+    def sampling_plan(self) -> SamplingPlan:
+        """What its rollouts are compiled for."""
         assert isinstance(self.stage, SamplingStageConfig)
         stage = self.stage
-        plan = SamplingPlan(
+        return SamplingPlan(
             samples=stage.group_size,
             response_tokens=self.data.max_response_tokens,
             temperature=stage.temperature,
@@ -221,7 +232,11 @@ class Programs:
             top_k=stage.top_k,
             top_p=stage.top_p,
         )
-        return Sampler(self.models, self.data, plan)
+
+    @cached_property
+    def sampler(self) -> "Sampler":
+        """The stage's rollouts."""
+        return Sampler(self.models, self.data, self.sampling_plan)
 
 
 class Sampler:

@@ -151,7 +151,7 @@ def open_stage(session: Session, name: str) -> Stage:
     """A stage at its very beginning."""
     programs = Programs.of(session.run.config, name, session.total_steps(name), session.models, session.text.end_of_turn)
     state = session.first_state(name)
-    reference = jax.tree.map(jnp.copy, state.student.params) if programs.algorithm.needs_reference else None
+    reference = session.models.reference(state.student.params) if programs.algorithm.needs_reference else None
     return Stage(session, name, programs, reference, state, jax.device_put(session.key, replicated(session.models.mesh)))
 
 

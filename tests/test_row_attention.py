@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from gadjax.data.packing import RowShape, pack
+from gadjax.models.attention import Attend
 from gadjax.models.row_attention import AttendRows, blocks, dense
+from gadjax.models.splash_attention import splash
 from gadjax.types import Cells
 
 P, R, LENGTH, RESPONSES = 9, 12, 62, 3
@@ -46,11 +48,16 @@ def attended(way: AttendRows, cells: Cells) -> list[np.ndarray]:
     return [np.asarray(array) for array in run(cells, query, key, value)]
 
 
+def in_kernel(cells: Cells) -> Attend:
+    return splash(cells, interpret=True)
+
+
 WAYS: dict[str, Callable[[], AttendRows]] = {
     "blocks of 8": lambda: blocks(P, R, queries=8),
     "blocks that divide neither row nor response": lambda: blocks(P, R, queries=5),
     "blocks longer than a response": lambda: blocks(P, R, queries=16),
     "one block": lambda: blocks(P, R, queries=64),
+    "the TPU's kernel": lambda: in_kernel,
 }
 
 

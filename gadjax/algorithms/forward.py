@@ -68,7 +68,7 @@ def response_log_probs(network: Network, params: Params, cells: Cells, temperatu
     """
     model = network.bind(params)
     mask_ML, length = response_mask(cells), cells.tokens_ML.shape[1]
-    chunk = _columns(cells.tokens_ML.shape, model.projection.shape[0])
+    chunk = columns(cells.tokens_ML.shape, model.projection.shape[0])
     # A row's response tokens first; what comes after them may stay uncomputed.
     order_ML = jnp.pad(jnp.argsort(~mask_ML, axis=1, stable=True), ((0, 0), (0, -length % chunk)), mode="edge")
     sources_ML, targets_ML = (jnp.take_along_axis(array, order_ML, axis=1) for array in (jnp.maximum(cells.sources_ML, 0), cells.tokens_ML))
@@ -80,7 +80,7 @@ def response_log_probs(network: Network, params: Params, cells: Cells, temperatu
     return logp_ML, entropy_ML
 
 
-def _columns(rows: tuple[int, ...], vocabulary: int) -> int:
+def columns(rows: tuple[int, ...], vocabulary: int) -> int:
     """How many columns are projected at a time: as many as make `LOGITS` logits on a device, the row's at most."""
     count, length = rows
     return max(1, min(length, LOGITS // (-(-count // row_shards()) * vocabulary)))

@@ -19,6 +19,7 @@ from flax import nnx
 
 from gadjax.models.attention import Attend, Memory
 from gadjax.models.row_attention import AttendRows, dense
+from gadjax.sharding import constrain
 from gadjax.types import Params
 
 Unrolled = Callable[[jax.Array, jax.Array, Attend, Sequence[Memory]], tuple[jax.Array, list[Memory]]]
@@ -214,17 +215,25 @@ class Trunk(nnx.Module):
             [..., D] hidden states after the final norm, in the compute dtype, and what every layer remembered, stacked.
         """
         x = self.embedding[...][tokens].astype(self.dtype)
+        x = _between_layers(x)
         angles = rotary_angles(positions, self.config)
         structure, layers = nnx.split(self.blocks)
 
         def layer(x: jax.Array, weights_and_memory: tuple[Any, Memory]) -> tuple[jax.Array, Memory]:
             weights, memory = weights_and_memory
-            return nnx.merge(structure, weights)(x, angles, attend, memory)
+            weights = jax.tree.map(self._laid_out, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+            x, memory = nnx.merge(structure, weights)(x, angles, attend, memory)
+            return _between_layers(x), memory
 
         if self.rematerialise:
             layer = jax.checkpoint(layer)
         x, memory = jax.lax.scan(layer, x, (layers, memory), unroll=self.config.layers <= UNROLLED_LAYERS)
         return rms_norm(x, self.norm[...], self.config.norm_epsilon), memory
+
+    def _laid_out(self, weight: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
+        """One layer's weight in the compute dtype, which is what travels between devices, and its gradient where the weight lies."""
+        axes = weight.get_metadata()["axes"][1:]
+        return weight if "norm" in axes else weight.replace(constrain(weight[...].astype(self.dtype), *axes))
 
     def unrolled(self, layers: Sequence[Params]) -> "Unrolled":
         """The trunk for a loop of many short calls, which has each layer's parameters at hand and need not cut them from a stack.
@@ -243,6 +252,11 @@ class Trunk(nnx.Module):
             return rms_norm(x, self.norm[...], self.config.norm_epsilon), remembered
 
         return run
+
+
+def _between_layers(x: jax.Array) -> jax.Array:
+    """What a gradient keeps of a layer, divided over all devices; between them weights travel rather than tokens."""
+    return constrain(x, "rows", "tokens", *[None] * (x.ndim - 2))
 
 
 class LanguageModel(nnx.Module):
@@ -305,6 +319,11 @@ class Network:
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, as nested dicts of arrays."""
         return nnx.to_pure_dict(nnx.state(self.create(nnx.Rngs(key))))
+
+    def in_compute_dtype(self, params: Params) -> Params:
+        """The parameters as the decoder reads them: cast, but for norms and a discriminator's head, which are computed in float32."""
+        dtype = self.bind(self.shapes).trunk.dtype
+        return jax.tree.map(lambda leaf, axes: leaf if "norm" in axes else leaf.astype(dtype), params, self.axes)
 
     def bind(self, params: Params) -> Any:
         """The model with these parameters, to be called inside a jitted function."""

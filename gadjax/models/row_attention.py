@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gadjax.models.attention import MASKED, Attend, Memory, biased_attention, group_mask
+from gadjax.models.splash_attention import splash
 from gadjax.types import Cells
 
 AttendRows = Callable[[Cells], Attend]
@@ -86,8 +87,10 @@ def blocks(prompt_tokens: int, response_tokens: int, queries: int = QUERIES) -> 
     return for_rows
 
 
-def automatic(prompt_tokens: int, response_tokens: int) -> AttendRows:
-    """Whichever of the two computes less in rows of the length that they are given: short rows are dense."""
+def automatic(prompt_tokens: int, response_tokens: int, platform: str) -> AttendRows:
+    """On a TPU its kernel, and elsewhere what computes less in rows of the length that they are given: short rows are dense."""
+    if platform == "tpu":
+        return splash
     in_blocks = blocks(prompt_tokens, response_tokens)
 
     def for_rows(cells: Cells) -> Attend:

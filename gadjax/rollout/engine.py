@@ -31,7 +31,7 @@ SPARE = 2  # prompts at hand for each that full slots need
 HALVINGS = 2  # of the slots at the end
 FEWEST = 8  # slots that are not halved
 SHORT = 128  # response tokens below which that is not worth its compilation
-PREFILL_TOKENS = 8192  # prefilled together on one device
+PREFILL_TOKENS = 2048  # prefilled together on one device
 SHORTEST = 64  # tokens of the shortest prefill
 NOWHERE = FOREVER = 2**30
 
@@ -46,7 +46,7 @@ class Engine:
         self._params: Params = {}
         self._version = 0
         self._begin = jit_on(mesh, self._first, static_argnums=(0, 1))
-        self._weights = jit_on(mesh, make_weights(network))
+        self._weights = jit_on(mesh, make_weights(network), out_shardings=self._weights_layout())
         self._prefill = jit_on(mesh, make_prefill(network), donate_argnums=1)
         self._decode = jit_on(mesh, make_decode(network, plan), donate_argnums=3)
         self._fewer = jit_on(mesh, fewer, static_argnums=1)
@@ -57,7 +57,7 @@ class Engine:
 
     def generate(self, prompts: Sequence[Ids], key: jax.Array, step: int, limits_BN: np.ndarray | None = None) -> Rollout:
         """See `RolloutBackend`. The streams depend on (key, step, group, sample, position)."""
-        places, count, together = self._sizes(len(prompts))
+        places, count, together = self.sizes(len(prompts))
         order, resident, state = self._begin(places, count, *map(self._put, self._asked(prompts, limits_BN)), key, self._put(step))
         decoded = partial(self._decoded, self._weights(self._params), order)
         begun, free, homes, looks = 0, list(range(places)), dict[int, int](), deque[jax.Array]()
@@ -80,8 +80,48 @@ class Engine:
         state, _ = decoded(resident, state, begun, FOREVER)
         return self._rollout(state, len(prompts))
 
-    def _sizes(self, groups: int) -> tuple[int, int, int]:
-        """G, S and C."""
+    def traced(self, params: Params, held: tuple[Order, Prompts, Decoding]) -> list[tuple[str, Any, Any]]:
+        """The programs of a rollout, for a plan: name, the traced program, its arguments. `params`, and `held` by it, are abstract."""
+        order, resident, state = held
+        _, _, together = self.sizes(order.lengths_B.shape[0])
+
+        def array(shape: tuple[int, ...], *names: str | None) -> Any:
+            return jax.ShapeDtypeStruct(shape, np.int32, sharding=named_sharding(names, shape, self._mesh))
+
+        tokens = array((together, self._prompt_tokens), "groups", None)
+        filled = (params, resident, tokens, *[array((together,), None)] * 3)
+        shapes = jax.eval_shape(make_weights(self._network), params)
+        weights = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, self._weights_layout()
+        )
+        decoded = (weights, resident, order, state, *[array(())] * 3)
+        return [("prefill", self._prefill.trace(*filled), filled), ("decode", self._decode.trace(*decoded), decoded)]
+
+    def resident(self, groups: int) -> tuple[Order, Prompts, Decoding]:
+        """Shapes and shardings of what a rollout of so many groups holds on the devices beside the parameters."""
+        places, count, _ = self.sizes(groups)
+        asked = jax.eval_shape(lambda: [np.zeros(groups, np.int32)] * 2 + [np.zeros(groups * self._plan.samples, np.int32)])
+        order, prompts, state = jax.eval_shape(partial(self._first, places, count), *asked, jax.random.key(0), np.int32(0))
+
+        def placed(leaf: Any, first: str | None) -> Any:
+            names = (first, "kv_heads", None, None) if leaf.ndim == 4 else (first, *[None] * (leaf.ndim - 1))[: leaf.ndim]
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named_sharding(names, leaf.shape, self._mesh))
+
+        prompts = Prompts(jax.tree.map(lambda leaf: placed(leaf, "groups"), prompts.caches), *(placed(leaf, None) for leaf in prompts[1:]))
+        slots = jax.tree.map(lambda leaf: placed(leaf, "slots"), state.slots)
+        everywhere = jax.tree.map(lambda leaf: placed(leaf, None), (order, state.next, state.responses))
+        return everywhere[0], prompts, Decoding(slots, *everywhere[1:])
+
+    def _weights_layout(self) -> Params:
+        """Where the decode loop's weights lie: as in training."""
+        axes, layers = self._network.axes, self._network.bind(self._network.shapes).trunk.config.layers
+        blocks = [{name: names[1:] for name, names in axes["trunk"]["blocks"].items()}] * layers
+        shapes = jax.eval_shape(make_weights(self._network), self._network.shapes)
+        apart = axes | {"trunk": axes["trunk"] | {"blocks": blocks}}
+        return jax.tree.map(lambda leaf, names: named_sharding(names, leaf.shape, self._mesh), shapes, apart)
+
+    def sizes(self, groups: int) -> tuple[int, int, int]:
+        """For so many groups: G, S and C."""
         samples, multiple = self._plan.samples, row_multiple(self._mesh)
 
         def rounded_up(number: int) -> int:

@@ -1,0 +1,183 @@
+"""`gadjax plan`: what a config needs on a topology, how long it takes and what it costs, without an accelerator, weights or data.
+
+Memory is told by arithmetic first. What can fit is compiled, every program of a step of the last stage that samples, by the
+compiler of those chips. FLOPs are counted as `gadjax.planning.flops` says, bytes as `gadjax.planning.hlo` does; a roofline time is the
+longest of FLOPs, memory and links at the chip's limits, and hours suppose that programs reach half of it.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from gadjax.algorithms.stage import SamplingStageConfig
+from gadjax.config import Config, load_config
+from gadjax.errors import UserError
+from gadjax.files import to_json
+from gadjax.planning.budget import Budget, budget_of, knob
+from gadjax.planning.compiled import Measured, measure
+from gadjax.planning.programs import Traced, bytes_on_chip
+from gadjax.planning.schedule import EFFICIENCY, seconds_of, stages_of, teacher_of, told
+from gadjax.planning.student import dims_of
+from gadjax.planning.suggest import suggest
+from gadjax.planning.topology import GIB, LOCAL, Topology, topology_of
+from gadjax.planning.workload import Workload
+from gadjax.steps import Models, Programs
+from gadjax.terminal import PLAIN_WIDTH, say
+from gadjax.types import TrainState
+
+
+@dataclass(frozen=True)
+class Supposed:
+    """What the texts are supposed to be.
+
+    Attributes:
+        prompts: how many there are.
+        prompt_tokens: of each; None: the longest allowed.
+        response_tokens: in the mean.
+    """
+
+    prompts: int = 200_000
+    prompt_tokens: int | None = None
+    response_tokens: int = 400
+
+
+def plan(config: Path, overrides: list[str], topology: str, supposed: tuple[int, int | None, int], suggests: bool, as_json: bool) -> None:
+    """Plans a config's run; see the module. Exits with status 0 whether it fits or not, which the first line and `--json` tell.
+
+    Raises:
+        UserError: the topology or the student is not known, or no stage samples.
+    """
+    loaded, place, texts = load_config(config, overrides), topology_of(topology), Supposed(*supposed)
+    if suggests:
+        found = suggest(loaded, place, lambda each: traced_of(each, place, texts))
+        print(to_json(found)) if as_json else _show_suggestions(found)
+        return
+    made = plan_of(loaded, place, texts)
+    print(to_json(made)) if as_json else _show(made)
+
+
+def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
+    """The last stage that samples, on the topology's devices."""
+    name = next((name for name, stage in reversed(config.stages.items()) if isinstance(stage, SamplingStageConfig)), None)
+    if name is None:
+        raise UserError("stages", "none of them samples", "give a warmup or gad stage")
+    models = Models.of(config, dims_of(config.student), topology.devices)
+    programs = Programs.of(config, name, 1, models, 1)
+    longest = config.data.max_prompt_tokens
+    mean = min(texts.response_tokens, config.data.max_response_tokens)
+    work = Workload(programs.stage.batch_groups, programs.samples, config.data, min(texts.prompt_tokens or longest, longest), mean)
+    return Traced(programs, work)
+
+
+def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, Any]:
+    """The plan, as `--json` prints it."""
+    traced = traced_of(config, topology, texts)
+    budget, limit = budget_of(traced), topology.chip.memory / GIB
+    made: dict[str, Any] = {"fits": False, "topology": topology.name, "chips": topology.chips, "memory_gib": limit}
+    made |= {"arithmetic": asdict(budget) | {"needed_gib": budget.needed}, "steps": {}, "run": {}}
+    if budget.needed > limit:
+        return made | {
+            "why": f"needs {budget.needed:.1f} GiB a chip by arithmetic, which has {limit:.1f}",
+            "knob": knob(budget, config, topology),
+        }
+    measured: dict[str, Measured] = {}
+    for step in traced.all():
+        if topology.name != LOCAL:
+            say(f"compiling {step.name}")
+        try:
+            measured[step.name] = measure(step, topology)
+        except Exception as error:  # the compiler's own, of which only the text tells what it is
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return made | {"why": f"{step.name}: {_first_line(error)}", "knob": knob(budget, config, topology)}
+    made["steps"] = {name: each.told() for name, each in measured.items()}
+    worst = max(measured, key=lambda name: measured[name].needed_gib)
+    made["run"] = _run(config, topology, texts, traced, budget, measured)
+    if measured[worst].needed_gib > limit:
+        why = f"{worst} needs {measured[worst].needed_gib:.1f} GiB a chip, which has {limit:.1f}"
+        return made | {"why": why, "knob": knob(budget, config, topology)}
+    return made | {"fits": True}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+def _run(
+    config: Config, topology: Topology, texts: Supposed, traced: Traced, budget: Budget, measured: dict[str, Measured]
+) -> dict[str, Any]:
+    models, work = traced.programs.models, traced.work
+    stages = stages_of(config, models, topology, work, measured, texts.prompts)
+    state = TrainState(models.abstract_role(models.student), models.abstract_role(models.discriminator))
+    room = topology.chip.memory - max(each.needed_gib for each in measured.values()) * GIB
+    return {
+        "supposed": asdict(replace(texts, prompt_tokens=work.prompt_tokens, response_tokens=work.mean_response)),
+        "residents_gib": budget.residents | {f"rollout {name}": size for name, size in budget.rollout.items()},
+        "largest_batch_groups": work.groups + max(0, int(room / _bytes_per_group(traced))),
+        "seconds_per_step": seconds_of(measured),
+        "efficiency": EFFICIENCY,
+        "stages": told(stages),
+        "hours": sum(stage.hours for stage in stages.values()),
+        "chip_hours": sum(stage.chip_hours for stage in stages.values()),
+        "checkpoint_gib": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / GIB,
+        "teacher": asdict(teacher_of(config, work, texts.prompts)),
+    }
+
+
+def _bytes_per_group(traced: Traced) -> float:
+    """What one more group of a batch takes on a chip: its responses and its share of the rows."""
+    return bytes_on_chip(traced.engine.resident(traced.work.groups)[2].responses) / traced.work.groups + 28 * (
+        traced.programs.data.max_prompt_tokens + (1 + traced.work.samples) * traced.programs.data.max_response_tokens
+    )
+
+
+def _show(made: dict[str, Any]) -> None:
+    console = Console(highlight=False, width=PLAIN_WIDTH)
+    verdict = "fits" if made["fits"] else f"does not fit: {made['why']}; change {made['knob']}"
+    console.print(f"{made['topology']}, {made['chips']} chips of {made['memory_gib']:.1f} GiB: {verdict}", markup=False)
+    for part in ("residents", "rollout", "step"):
+        sizes = ", ".join(f"{name} {size:.2f}" for name, size in made["arithmetic"][part].items())
+        console.print(f"{part} (GiB a chip, by arithmetic): {sizes}", markup=False)
+    if made["steps"]:
+        console.print(_table(made["steps"]))
+    for name, stage in made["run"].get("stages", {}).items():
+        time = f"{stage['hours']:.1f} h, {stage['chip_hours']:.0f} chip-hours"
+        console.print(f"{name}: {stage['steps']} steps of {stage['seconds_per_step']:.1f} s, {time}", markup=False)
+    if run := made["run"]:
+        teacher = run["teacher"]
+        price = "price not known" if teacher["dollars"] is None else f"{teacher['dollars']:,.2f} dollars"
+        console.print(f"teacher: {teacher['calls']} calls, {price}; a checkpoint: {run['checkpoint_gib']:.0f} GiB", markup=False)
+        console.print(f"largest batch that fits: {run['largest_batch_groups']} groups", markup=False)
+        console.print(f"supposed: {run['supposed']}; programs reach {run['efficiency']:.0%} of their roofline", markup=False)
+
+
+def _table(steps: dict[str, dict[str, Any]]) -> Table:
+    table = Table("program", *COLUMNS, "collectives")
+    for name, step in steps.items():
+        collectives = ", ".join(f"{count:.0f} {kind}" for kind, count in step["collectives"].items())
+        table.add_row(name, *(f"{step[key] * scale:.4g}" for key, scale in COLUMNS.values()), collectives)
+    return table
+
+
+COLUMNS = {  # heading -> key and scale
+    "arguments GiB": ("arguments_gib", 1.0),
+    "temporaries GiB": ("temporaries_gib", 1.0),
+    "peak GiB": ("peak_gib", 1.0),
+    "with the rest GiB": ("needed_gib", 1.0),
+    "TFLOP": ("flops", 1e-12),
+    "memory GiB": ("memory_gib", 1.0),
+    "roofline s": ("roofline_seconds", 1.0),
+    "times": ("times", 1.0),
+    "compile s": ("compile_seconds", 1.0),
+}
+
+
+def _show_suggestions(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        Console(highlight=False, width=PLAIN_WIDTH).print(
+            ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in each.items()), markup=False
+        )

@@ -1,0 +1,82 @@
+"""One step, compiled: its bytes on a chip, its FLOPs, what it moves, and the time that the chip's limits leave it."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gadjax.planning.flops import matrix_flops
+from gadjax.planning.hlo import moved
+from gadjax.planning.programs import Step, bytes_on_chip
+from gadjax.planning.topology import GIB, LOCAL, Topology
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the plan says of a step; bytes and FLOPs of one run.
+
+    Attributes:
+        arguments_gib: on a chip.
+        temporaries_gib: on a chip.
+        peak_gib: on a chip at once, by the compiler's account: arguments, results and temporaries as they live.
+        beside_gib: what else lies on the chip meanwhile.
+        flops: of matrix products, over all chips.
+        memory_gib: between a chip and its memory.
+        collectives: how many of each kind.
+        links_gib: of each kind, bytes that a chip sends.
+        roofline_seconds: the longest of FLOPs, memory and links, each at the chip's limit.
+        compile_seconds: that the compiler took.
+        times: how often a step of training runs it.
+    """
+
+    arguments_gib: float
+    temporaries_gib: float
+    peak_gib: float
+    beside_gib: float
+    flops: float
+    memory_gib: float
+    collectives: dict[str, float]
+    links_gib: dict[str, float]
+    roofline_seconds: float
+    compile_seconds: float
+    times: float
+
+    @property
+    def needed_gib(self) -> float:
+        """On a chip while it runs."""
+        return self.peak_gib + self.beside_gib
+
+    def told(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"needed_gib": self.needed_gib}
+
+
+def measure(step: Step, topology: Topology) -> Measured:
+    """Compiles a step. What the compiler refuses, for want of memory above all, is raised as it comes."""
+    flops = matrix_flops(step.traced.jaxpr.jaxpr, step.trips)
+    lowered = step.traced.lower()
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory, chip = compiled.memory_analysis(), topology.chip
+    moves = moved(compiled.as_text(), step.trips)
+    links = sum(moves.links.values())
+    return Measured(
+        arguments_gib=memory.argument_size_in_bytes / GIB,
+        temporaries_gib=memory.temp_size_in_bytes / GIB,
+        peak_gib=_peak(memory, topology) / GIB,
+        beside_gib=bytes_on_chip(step.beside) / GIB,
+        flops=flops,
+        memory_gib=moves.memory / GIB,
+        collectives=moves.counts,
+        links_gib={kind: size / GIB for kind, size in moves.links.items()},
+        roofline_seconds=max(flops / topology.chips / chip.flops, moves.memory / chip.bandwidth, links / chip.links),
+        compile_seconds=seconds,
+        times=step.times,
+    )
+
+
+def _peak(memory: Any, topology: Topology) -> float:
+    """The compiler's peak; that of devices at hand may leave temporaries out, so that there all that it lists is added up."""
+    if topology.name != LOCAL:
+        return memory.peak_memory_in_bytes
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes

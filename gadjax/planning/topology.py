@@ -1,0 +1,88 @@
+"""The chips that a plan is for: their limits, and devices to compile for without having them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from gadjax.errors import UserError
+
+LOCAL = "local"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator, as its maker's data sheet has it.
+
+    Attributes:
+        memory: bytes that a program may use.
+        flops: bfloat16 operations per second.
+        bandwidth: bytes per second between the chip and its memory.
+        links: bytes per second over all of the chip's links to other chips.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    links: float
+
+
+# Cloud TPU's documentation, "TPU architecture"; of the memory, what the compiler says it may use.
+CHIPS = {
+    "v4": Chip(memory=30.75 * GIB, flops=275e12, bandwidth=1228e9, links=300e9),
+    "v5e": Chip(memory=15.75 * GIB, flops=197e12, bandwidth=819e9, links=200e9),
+    "v5p": Chip(memory=95.74 * GIB, flops=459e12, bandwidth=2765e9, links=600e9),
+    "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1640e9, links=448e9),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips and how many of them.
+
+    Attributes:
+        name: as the command line has it.
+        chip: one of them.
+        devices: to compile for; a v4 or v5p chip is one device.
+    """
+
+    name: str
+    chip: Chip
+    devices: Sequence[Any]
+
+    @property
+    def chips(self) -> int:
+        """How many."""
+        return len(self.devices)
+
+
+def topology_of(name: str) -> Topology:
+    """The topology `<chip>:<a>x<b>[x<c>]`, or `local` for the devices at hand.
+
+    Raises:
+        UserError: the chip is not known, the compiler does not know the topology, or there is no compiler for TPUs.
+    """
+    if name == LOCAL:
+        return Topology(name, _local(), jax.devices())
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not shape:
+        raise UserError("--topology", f"{name} is not known", f"write CHIP:SHAPE as v5p:2x2x4, CHIP one of {', '.join(CHIPS)}; or {LOCAL}")
+    try:
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu")
+    except Exception as error:  # the plug-in raises what it likes
+        reason = str(error).splitlines()[0]
+        mend = "install gadjax[tpu], or write another shape, such as v5e:4x4 or v5p:2x2x4"
+        raise UserError("--topology", f"{name} cannot be compiled for ({reason})", mend) from error
+    return Topology(name, CHIPS[kind], found.devices)
+
+
+def _local() -> Chip:
+    """A device at hand. Of what the runtime does not tell there is a guess: a plan for it is for trying the command out."""
+    devices = jax.devices()
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    memory = float(limit) if limit else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
+    return Chip(memory=memory, flops=1e11, bandwidth=2e10, links=1e10)

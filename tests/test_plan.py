@@ -1,0 +1,178 @@
+"""`gadjax plan` on devices at hand; what it counts, against what is counted by hand."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from gadjax import plan as planned
+from gadjax.cli import main
+from gadjax.config import StudentConfig, load_config
+from gadjax.errors import UserError
+from gadjax.models.decoder import language_model
+from gadjax.plan import Supposed, plan, plan_of
+from gadjax.planning import suggest
+from gadjax.planning.flops import matrix_flops
+from gadjax.planning.hlo import moved
+from gadjax.planning.student import dims_of, known, known_names
+from gadjax.planning.topology import Topology, topology_of
+from gadjax.planning.workload import Workload
+from gadjax.sharding import MeshConfig, make_mesh
+from tests import tiny
+
+# Parameters, as the models' cards tell them.
+SIZES = {
+    "Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen2.5-14B-Instruct": 14_770_033_664,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Llama-3.2-1B-Instruct": 1_235_814_400,
+    "Llama-3.2-3B-Instruct": 3_212_749_824,
+    "Llama-3.1-8B-Instruct": 8_030_261_248,
+}
+TEXTS = Supposed(prompts=100, response_tokens=8)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(tiny.CONFIG)
+    return file
+
+
+def of_memory(found: Topology, memory: float) -> Topology:
+    return replace(found, chip=replace(found.chip, memory=memory))
+
+
+def test_the_shipped_dimensions_are_those_of_the_models():
+    assert known_names() == sorted(SIZES)
+    for name, size in SIZES.items():
+        shapes = language_model(known(name), jnp.dtype("bfloat16")).shapes
+        assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == size, name
+
+
+def test_a_student_by_its_hub_name_or_not_at_all():
+    assert dims_of(StudentConfig(path="meta-llama/Llama-3.2-1B-Instruct")).head_width == 64
+    with pytest.raises(UserError, match=r"^student.path: nobody/nothing is no folder, and its dimensions are not known; download it, or"):
+        dims_of(StudentConfig(path="nobody/nothing"))
+
+
+def test_products_in_loops_count_as_often_as_they_run():
+    def work(x: jax.Array, times: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)
+        x = jax.lax.fori_loop(0, times, lambda _, x: jax.lax.fori_loop(0, times, lambda _, x: x @ x, x @ x), x)
+        return jax.lax.cond(times > 3, lambda x: x @ x @ x, lambda x: x, x)
+
+    jaxpr = jax.jit(work).trace(jnp.zeros((4, 4)), 3).jaxpr.jaxpr
+    product = 2 * 4**3
+    assert matrix_flops(jaxpr, lambda depth: (10, 100)[depth]) == product * (5 + 10 * (1 + 100) + 2)
+
+
+def test_what_a_gradient_computes_again_counts_again():
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(jax.checkpoint(lambda x: jnp.sin(x @ w) @ w)(x))
+
+    jaxpr = jax.jit(jax.value_and_grad(loss)).trace(jnp.zeros((4, 4)), jnp.zeros((4, 4))).jaxpr.jaxpr
+    forward, again, back = 2, 1, 2  # the last product need not be made again
+    assert matrix_flops(jaxpr, lambda _: 1) == 2 * 4**3 * (forward + again + back)
+
+
+def test_bytes_between_devices_count_as_often_as_they_travel():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:8])
+
+    def work(x: jax.Array) -> jax.Array:
+        def turn(_: int, x: jax.Array) -> jax.Array:
+            return jnp.tanh(jax.lax.psum(x, "fsdp"))
+
+        return jax.lax.fori_loop(0, 6, turn, x)
+
+    shared = jax.shard_map(work, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"), check_vma=False)
+    text = jax.jit(shared).lower(jnp.zeros((8, 1000))).compile().as_text()
+    found = moved(str(text), lambda _: 1)
+    assert found.counts == {"all-reduce": 6}
+    assert found.links == {"all-reduce": 6 * 2 * 4000}
+    assert 6 * 2 * 4000 <= found.memory <= 6 * 8 * 4000
+
+
+def test_a_slice_is_read_and_an_update_written_in_place():
+    def work(stack: jax.Array, out: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 50, lambda i, out: out.at[i].set(jnp.sin(stack[i])), out)
+
+    text = jax.jit(work, donate_argnums=1).lower(jnp.zeros((50, 1000)), jnp.zeros((50, 1000))).compile().as_text()
+    assert moved(str(text), lambda _: 1).memory < 50 * 10 * 4000  # and not 50 times the whole stack
+
+
+def test_the_plan_of_devices_at_hand(config: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(config), "--topology", "local", "--prompts", "100", "--response-tokens", "8", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0
+    assert (made["fits"], made["topology"], made["chips"]) == (True, "local", len(jax.devices()))
+    assert list(made["steps"]) == ["prefill", "decode", "discriminator", "student"]
+    for step in made["steps"].values():
+        assert step["flops"] > 0 and step["memory_gib"] > 0 and step["roofline_seconds"] > 0
+        assert step["needed_gib"] >= step["peak_gib"] > step["arguments_gib"]
+    stages = made["run"]["stages"]
+    assert {name: stage["steps"] for name, stage in stages.items()} == {"seqkd": 3, "warmup": 6, "gad": 6}
+    assert made["run"]["teacher"] == {"calls": 0, "dollars": 0.0}  # the tutor's answers cost nothing
+    assert made["run"]["largest_batch_groups"] > 8
+
+
+def test_what_cannot_fit_is_told_before_anything_is_compiled(config: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planned, "measure", lambda *_: pytest.fail("compiled"))
+    small = of_memory(topology_of("local"), 1000)
+    made = plan_of(load_config(config, ["student.random.words=20"]), small, TEXTS)
+    assert not made["fits"] and made["steps"] == {}
+    assert "by arithmetic" in made["why"] and "take more chips" in made["knob"]
+
+
+def test_the_knob_is_the_one_that_helps(config: Path):
+    def knob(*overrides: str) -> str:
+        loaded = load_config(config, ["student.random.words=20", *overrides])
+        found = topology_of("local")
+        budget = planned.budget_of(planned.traced_of(loaded, found, TEXTS))
+        worst = max(sum(budget.rollout.values()), sum(budget.step.values()))
+        memory = (sum(budget.residents.values()) + 0.9 * worst) * planned.GIB
+        return plan_of(loaded, of_memory(found, memory), TEXTS)["knob"]
+
+    assert knob("data.max_response_tokens=200", "data.row_tokens=4096") == "student.rematerialise=true"
+    assert knob("data.row_tokens=40000", "student.rematerialise=true") == "shorter rows: a smaller data.row_tokens"
+    assert (
+        knob("data.max_prompt_tokens=4000", "data.row_tokens=4016", "student.rematerialise=true")
+        == "fewer decode slots: a smaller rollout.slots"
+    )
+
+
+def test_mistakes_are_told(config: Path):
+    with pytest.raises(UserError, match=r"^--topology: v9:2x2 is not known; write CHIP:SHAPE"):
+        plan(config, [], "v9:2x2", (1, None, 1), False, False)
+    config.write_text("stages: {seqkd: {algorithm: seqkd}}")
+    with pytest.raises(UserError, match="^stages: none of them samples"):
+        plan(config, [], "local", (1, None, 1), False, False)
+
+
+def test_the_decode_loop_waits_for_the_longest(config: Path):
+    work = Workload(groups=8, samples=2, data=load_config(config, []).data, prompt_tokens=16, mean_response=8)
+    each = work.response_tokens(2) / 16
+    assert work.decode_steps(slots=16) == 16  # all at once: the longest response
+    assert work.decode_steps(slots=4) == 12 * each / 4 + 16
+
+
+def test_suggestions_are_ranked_and_compiled(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(suggest, "COMPILED", 2)
+    plan(config, ["student.random.words=20"], "local", (100, None, 8), True, True)
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 2
+    assert [each["arithmetic_seconds"] for each in found] == sorted(each["arithmetic_seconds"] for each in found)
+    assert all(each["mesh.fsdp"] * each["mesh.tensor"] == len(jax.devices()) and each["needed_gib"] > 0 for each in found)
