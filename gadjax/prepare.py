@@ -1,4 +1,4 @@
-"""From a config to frozen data: the teacher's answers collected, the student's folder found or made, token groups frozen."""
+"""From collected answers to frozen data: the student's folder found or made, token groups frozen."""
 
 import hashlib
 import itertools
@@ -22,31 +22,12 @@ from gadjax.records import Answer, Prompt, TokenGroup
 from gadjax.runs import Run
 from gadjax.session import read_student
 from gadjax.sharding import make_mesh
-from gadjax.teachers import grammar
 from gadjax.teachers.cache import TeacherCache
-from gadjax.teachers.collect import answers, collect
-from gadjax.teachers.file import read_pairs
-from gadjax.teachers.openai import api_key, price_of
-from gadjax.terminal import say, track
+from gadjax.teachers.collect import answers
+from gadjax.terminal import say
 from gadjax.text import PromptTooLong, Text
 
 WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]  # what is fetched of a hub repository
-
-
-def check_teacher(run: Run) -> None:
-    """Tells what is wrong with the prompts, and what a first request would be refused for."""
-    teacher = run.config.teacher
-    if not all(run.prompts):
-        raise UserError("prompts", "there are none to train on, or none held out", "give more prompts")
-    match teacher.backend:
-        case "openai" if not run.cache.exists():
-            api_key(teacher)
-            price_of(teacher)
-        case "file" if not run.cache.exists():
-            next(read_pairs(str(teacher.path)), None)
-        case "tutor":
-            for prompt in itertools.chain(*run.prompts):
-                grammar.check(prompt.messages[-1]["content"])
 
 
 def check_devices(run: Run) -> None:
@@ -70,18 +51,6 @@ def _has_place(text: Text, prompt: Prompt, max_tokens: int) -> bool:
         return bool(text.prompt_ids(prompt.messages, max_tokens))
     except PromptTooLong:
         return False
-
-
-def collect_answers(run: Run) -> None:
-    """The teacher's answers to all prompts into the run's cache."""
-    config, (train, validation) = run.config, run.prompts
-    wanted = (len(train) + len(validation)) * config.teacher.samples
-    with TeacherCache(run.cache) as cache, track("collect", wanted) as advance:
-        summary = collect([*train, *validation], config.teacher, cache, lambda done, _: advance(done, ""))
-    missing = summary.refused + summary.failed
-    if missing or summary.truncated or summary.cost:
-        told = f"{summary.refused} refused, {summary.failed} failed, {summary.truncated} cut by length, ${summary.cost:.2f}"
-        say(f"collect: {summary.ok} of {summary.wanted} answers ({told})")
 
 
 def prepare_data(run: Run) -> Path:
@@ -125,12 +94,12 @@ class _Fitting:
 
 
 def _answers(run: Run) -> dict[str, list[Answer]]:
-    """The cached answers to the prompts of each split; some to both."""
+    """The cached answers to the prompts of each split, of the teachers and as many as the data's settings say; some to both."""
     train, validation = run.prompts
     answered: dict[str, list[Answer]] = {}
     if run.cache.exists():
         with TeacherCache(run.cache, read_only=True) as cache:
-            answered = {"train": answers(train, run.config.teacher, cache), "validation": answers(validation, run.config.teacher, cache)}
+            answered = {"train": _of_teachers(train, run.config, cache), "validation": _of_teachers(validation, run.config, cache)}
     if not any(answered.values()):
         raise UserError(str(run.cache), "holds no answers to the prompts", "run `gadjax collect` first")
     for split, found in answered.items():
@@ -139,6 +108,17 @@ def _answers(run: Run) -> dict[str, list[Answer]]:
                 f"prompts.{split}", "no prompt has an answer of the teacher", "add prompts, or see what `gadjax collect` refused"
             )
     return answered
+
+
+def _of_teachers(prompts: Sequence[Prompt], config: Config, cache: TeacherCache) -> list[Answer]:
+    """In the prompts' order; to one prompt, in the order of the teachers."""
+    found: dict[str, list[Answer]] = {prompt.id: [] for prompt in prompts}
+    for name in config.data.teachers or config.all_teachers:
+        teacher = config.all_teachers[name]
+        used = teacher.model_copy(update={"samples": min(teacher.samples, config.data.samples or teacher.samples)})
+        for answer in answers(prompts, used, cache):
+            found[answer.prompt_id].append(answer)
+    return list(itertools.chain.from_iterable(found.values()))
 
 
 def student_folder(run: Run, texts: Sequence[str]) -> Path:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from gadjax import prepare
+from gadjax.collecting import collect_answers
 from gadjax.data.packing import RowShape, pack
 from gadjax.data.pipeline import batches
 from gadjax.data.snapshot import Example, Snapshot
 from gadjax.evaluation.answers import read_answers
 from gadjax.metrics import read
 from gadjax.models.fresh import CONTROL
-from gadjax.prepare import collect_answers, prepare_data
+from gadjax.prepare import prepare_data
 from gadjax.runs import Run
 from gadjax.text import Text
 from tests import tiny

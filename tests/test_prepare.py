@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from gadjax import prepare
+from gadjax.collecting import collect_answers
 from gadjax.data.snapshot import Snapshot
 from gadjax.errors import UserError
 from gadjax.models.fresh import FreshConfig, write_fresh
-from gadjax.prepare import check_student, collect_answers, prepare_data
+from gadjax.prepare import check_student, prepare_data
 from gadjax.runs import Run
 from gadjax.teachers.collect import answers
 from tests import tiny

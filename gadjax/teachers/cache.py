@@ -10,6 +10,7 @@ returns (write-ahead log, `synchronous=FULL`): a process may be killed at any po
 
 import hashlib
 import json
+import math
 import sqlite3
 import time
 import uuid
@@ -18,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from gadjax.errors import UserError
 from gadjax.records import Message
 
-VERSION = 1
+VERSION = 1  # of the keys
+LAYOUT = 2  # of the file; 1 had no reservations
 BUSY_SECONDS = 60.0  # how long a writer waits for another process's transaction
 
 
@@ -51,6 +53,13 @@ class Request:
         content = {**{field.name: getattr(self, field.name) for field in fields(self)}, "version": VERSION}
         return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
+    @classmethod
+    def parse(cls, text: str) -> "Request":
+        """The request of its canonical JSON."""
+        content = json.loads(text)
+        del content["version"]
+        return cls(**content | {"messages": tuple(content["messages"])})
+
     @cached_property
     def key(self) -> str:
         """The SHA-256 of the canonical JSON: the row's primary key."""
@@ -66,7 +75,7 @@ class Outcome:
         text: the answer, or the words of the refusal.
         finish_reason: as replied; `length` marks an answer that the length limit cut off.
         prompt_tokens, completion_tokens: as replied.
-        cost: US dollars.
+        cost: US dollars; the most that it may be where the endpoint does not say.
         model: the model's name as replied.
         error: why it failed or was refused.
     """
@@ -81,8 +90,24 @@ class Outcome:
     error: str = ""
 
 
+class Lease(NamedTuple):
+    """What became of the rows that somebody wants to ask for.
+
+    Attributes:
+        taken: keys that are now theirs to ask for.
+        held: keys that somebody else holds.
+        dear: keys of free rows for which the money is too short.
+        reserved: US dollars that all rows under way may cost, whoever holds them.
+    """
+
+    taken: set[str]
+    held: set[str]
+    dear: set[str]
+    reserved: float
+
+
 COLUMNS = tuple(field.name for field in fields(Outcome))
-SCHEMA = """
+ANSWERS = """
     CREATE TABLE IF NOT EXISTS answers (
         key TEXT PRIMARY KEY,
         request TEXT NOT NULL,
@@ -97,9 +122,13 @@ SCHEMA = """
         owner TEXT,
         leased_until REAL,
         created REAL NOT NULL,
-        updated REAL NOT NULL
+        updated REAL NOT NULL,
+        reserved REAL NOT NULL DEFAULT 0
     ) STRICT
 """
+RESERVED = "ALTER TABLE answers ADD COLUMN reserved REAL NOT NULL DEFAULT 0"
+# Sums of money are made from it alone: the table has all the texts.
+MONEY = "CREATE INDEX IF NOT EXISTS money ON answers (state, cost, reserved, leased_until)"
 
 
 class TeacherCache:
@@ -134,22 +163,24 @@ class TeacherCache:
     def _prepare(self) -> None:
         if self._read_only:
             self._db.execute("PRAGMA query_only = ON")
-            self._check_version(VERSION)
+            self._check_version(*range(1, LAYOUT + 1))
             return
         mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if mode != "wal":
             raise UserError(str(self.path), "its file system allows no write-ahead log", "put the run's folder on a local disk")
         self._db.execute("PRAGMA synchronous = FULL")
-        if self._check_version(0, VERSION) == VERSION:
+        if self._check_version(*range(LAYOUT + 1)) == LAYOUT:
             return  # nothing is written by opening
         with self._transaction():
-            self._db.execute(SCHEMA)
-            self._db.execute(f"PRAGMA user_version = {VERSION}")
+            version = self._check_version(*range(LAYOUT + 1))  # another process may have been first
+            for statement in {0: (ANSWERS, MONEY), 1: (RESERVED, MONEY)}.get(version, ()):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {LAYOUT}")
 
     def _check_version(self, *allowed: int) -> int:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version not in allowed:
-            raise UserError(str(self.path), f"is a cache of version {version}, not {VERSION}", "use the gadjax that made it")
+            raise UserError(str(self.path), f"is a cache of version {version}, not {LAYOUT}", "use the gadjax that made it")
         return version
 
     def __enter__(self) -> Self:
@@ -183,23 +214,56 @@ class TeacherCache:
         with self._transaction():
             self._db.executemany(statement, rows)
 
-    def lease(self, keys: Iterable[str]) -> tuple[set[str], set[str]]:
-        """Takes the rows of `keys` that are pending, or whose lease has run out.
+    def lease(self, costs: Mapping[str, float], limit: float = math.inf, owner: str = "", seconds: float = 0.0) -> Lease:
+        """Takes rows that are pending, or whose lease has run out, as far as the money reaches.
 
-        Returns:
-            The keys that are now ours to ask for, and those that somebody else holds.
+        What the rows may cost is set aside until they have their outcome, for all who use the cache: what is spent and set
+        aside together never exceeds the limit.
+
+        Args:
+            costs: the most that asking for a row may cost, in US dollars, by its key.
+            limit: US dollars that all answers of the cache may cost together.
+            owner: who holds the rows; by default this opened cache.
+            seconds: for how long; by default `lease_seconds`.
         """
-        now, wanted = time.time(), json.dumps(list(keys))
-        take = """
-            UPDATE answers SET state = 'leased', owner = ?, leased_until = ?, updated = ?
-            WHERE key IN (SELECT value FROM json_each(?)) AND (state = 'pending' OR (state = 'leased' AND leased_until < ?))
-            RETURNING key
+        now, wanted, ours = time.time(), json.dumps(list(costs)), owner or self._owner
+        look = """
+            SELECT key, state = 'pending' OR leased_until < ?, owner FROM answers
+            WHERE key IN (SELECT value FROM json_each(?)) AND state IN ('pending', 'leased')
         """
-        look = "SELECT key FROM answers WHERE key IN (SELECT value FROM json_each(?)) AND state = 'leased' AND owner != ?"
+        take = "UPDATE answers SET state = 'leased', owner = ?, leased_until = ?, reserved = ?, updated = ? WHERE key = ?"
         with self._transaction():
-            taken = {key for (key,) in self._db.execute(take, (self._owner, now + self.lease_seconds, now, wanted, now))}
-            held = {key for (key,) in self._db.execute(look, (wanted, self._owner))}
-        return taken, held
+            found = {key: (free, holder) for key, free, holder in self._db.execute(look, (now, wanted))}
+            spent, reserved = self._money(now)
+            taken, dear = set[str](), set[str]()
+            for key in (key for key in costs if key in found and found[key][0]):
+                if costs[key] and spent + reserved + costs[key] > limit:
+                    dear.add(key)
+                else:
+                    taken.add(key)
+                    reserved += costs[key]
+            until = now + (seconds or self.lease_seconds)
+            self._db.executemany(take, ((ours, until, costs[key], now, key) for key in taken))
+        held = {key for key, (free, holder) in found.items() if not free and holder != ours}
+        return Lease(taken, held, dear, reserved)
+
+    def reserve(self, key: str, cost: float, limit: float) -> bool:
+        """Sets aside `cost` in all for a row that is leased to us. False: the limit does not allow it, and nothing is changed."""
+        with self._transaction():
+            spent, reserved = self._money(time.time())
+            before = self._db.execute("SELECT reserved FROM answers WHERE key = ?", (key,)).fetchone()[0]
+            if cost > before and spent + reserved - before + cost > limit:
+                return False
+            self._db.execute("UPDATE answers SET reserved = ? WHERE key = ?", (cost, key))
+        return True
+
+    def _money(self, now: float) -> tuple[float, float]:
+        """US dollars that are spent, and that are set aside for what is under way."""
+        statement = """
+            SELECT coalesce(sum(cost), 0.0), coalesce(sum(reserved) FILTER (WHERE state = 'leased' AND leased_until >= ?), 0.0)
+            FROM answers
+        """
+        return self._db.execute(statement, (now,)).fetchone()
 
     def renew(self) -> None:
         """Holds on to what is leased for another `lease_seconds`."""
@@ -214,15 +278,19 @@ class TeacherCache:
             self._db.execute("UPDATE answers SET state = 'pending' WHERE state = 'leased' AND owner = ?", (self._owner,))
 
     def record(self, outcomes: Iterable[tuple[Request, Outcome]], replace: bool = False) -> None:
-        """Keeps outcomes. A row that is `ok` or `refused` already keeps what it has, unless `replace` is set."""
+        """Keeps outcomes. A row that is `ok` or `refused` already keeps what it has, unless `replace` is set.
+
+        What failed tries of a row have cost is kept with it.
+        """
         now = time.time()
         rows = [(request.key, request.json, now, now, *astuple(outcome)) for request, outcome in outcomes]
         places = ", ".join("?" * (4 + len(COLUMNS)))
-        news = ", ".join(f"{name} = excluded.{name}" for name in ("updated", *COLUMNS))
+        news = ", ".join(f"{name} = excluded.{name}" for name in ("updated", *COLUMNS) if name != "cost")
+        cost = "excluded.cost" if replace else "answers.cost + excluded.cost"
         guard = "" if replace else "WHERE state NOT IN ('ok', 'refused')"
         statement = f"""
             INSERT INTO answers (key, request, created, updated, {", ".join(COLUMNS)}) VALUES ({places})
-            ON CONFLICT (key) DO UPDATE SET {news}, owner = NULL, leased_until = NULL {guard}
+            ON CONFLICT (key) DO UPDATE SET {news}, cost = {cost}, owner = NULL, leased_until = NULL {guard}
         """
         with self._transaction():
             self._db.executemany(statement, rows)
@@ -247,6 +315,23 @@ class TeacherCache:
             WHERE key IN (SELECT value FROM json_each(?)) GROUP BY state, finish_reason ORDER BY state, finish_reason
         """
         return self._db.execute(statement, (json.dumps(list(keys)),)).fetchall()
+
+    def replies(self, keys: Iterable[str], count: int) -> list[tuple[Request, Outcome]]:
+        """Up to `count` requests among `keys` that the teacher has replied to, with their outcomes; drawn by lot, always the same."""
+        statement = f"""
+            SELECT request, {", ".join(COLUMNS)} FROM answers
+            WHERE key IN (SELECT value FROM json_each(?)) AND state IN ('ok', 'refused') AND prompt_tokens > 0 ORDER BY key LIMIT ?
+        """
+        rows = self._db.execute(statement, (json.dumps(list(keys)), count))
+        return [(Request.parse(request), Outcome(*values)) for request, *values in rows]
+
+    def conversations(self, provider: str, model: str) -> list[tuple[Message, ...]]:
+        """What a teacher was asked, or was said to have been asked, each conversation once, in the order in which they came."""
+        statement = """
+            SELECT DISTINCT json_extract(request, '$.messages') FROM answers
+            WHERE json_extract(request, '$.provider') = ? AND json_extract(request, '$.model') = ? ORDER BY rowid
+        """
+        return [tuple(json.loads(messages)) for (messages,) in self._db.execute(statement, (provider, model))]
 
     def cost(self) -> float:
         """US dollars that all answers of the cache have cost."""

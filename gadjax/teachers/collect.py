@@ -43,7 +43,11 @@ class Summary:
 
 
 def collect(
-    prompts: Iterable[Prompt], config: TeacherConfig, cache: TeacherCache, on_progress: OnProgress = lambda done, total: None
+    prompts: Iterable[Prompt],
+    config: TeacherConfig,
+    cache: TeacherCache,
+    on_progress: OnProgress = lambda done, total: None,
+    limit: int | None = None,
 ) -> Summary:
     """Brings the teacher's answers to all prompts into the cache; what is there already is not asked again.
 
@@ -55,11 +59,14 @@ def collect(
         config: whom to ask, and how.
         cache: where the answers go.
         on_progress: called with the number of answers that are committed and of those that are wanted.
+        limit: only so many of all requests, drawn by lot; the same ones every time.
 
     Raises:
         UserError: the teacher cannot be asked, answers nothing, or may cost more than allowed. What was collected is kept.
     """
-    requests = list({request.key: request for prompt in prompts for request in requests_for(prompt, config)}.values())
+    requests = all_requests(prompts, config)
+    if limit is not None:
+        requests = sorted(requests, key=lambda request: request.key)[:limit]  # keys are hashes
     BACKENDS[config.backend](requests, config, cache, on_progress)
     summary = summarize(requests, cache)
     if requests and not summary.ok:
@@ -77,6 +84,11 @@ def summarize(requests: Sequence[Request], cache: TeacherCache) -> Summary:
     return Summary(wanted=len(requests), **counts, truncated=truncated, cost=sum(cost for *_, cost in tally))
 
 
+def all_requests(prompts: Iterable[Prompt], config: TeacherConfig) -> list[Request]:
+    """Everything that is wanted of a teacher, each once."""
+    return list({request.key: request for prompt in prompts for request in requests_for(prompt, config)}.values())
+
+
 def answers(prompts: Sequence[Prompt], config: TeacherConfig, cache: TeacherCache) -> list[Answer]:
     """The teacher's answers to the prompts, in their order, up to `config.samples` to each; refusals and failures are left out."""
     wanted = [(prompt, request.key) for prompt in prompts for request in requests_for(prompt, config)]
@@ -87,13 +99,12 @@ def answers(prompts: Sequence[Prompt], config: TeacherConfig, cache: TeacherCach
 
 def requests_for(prompt: Prompt, config: TeacherConfig) -> list[Request]:
     """The requests for all samples of a prompt, as the cache keys them."""
-    return [
-        Request(config.provider, _model(config), prompt.messages, _parameters(config, sample), sample) for sample in range(config.samples)
-    ]
+    return [request_for(prompt, config, sample) for sample in range(config.samples)]
 
 
-def _model(config: TeacherConfig) -> str:
-    return config.model if config.backend == "openai" else config.backend
+def request_for(prompt: Prompt, config: TeacherConfig, sample: int) -> Request:
+    """The request for one answer to a prompt."""
+    return Request(config.provider, config.asked_model, prompt.messages, _parameters(config, sample), sample)
 
 
 def _parameters(config: TeacherConfig, sample: int) -> dict[str, float | int]:

@@ -27,6 +27,13 @@ def complete(messages: Sequence[Message], *, temperature: float, max_tokens: int
     return [_completion(prompt, grammar.sample(prompt, rng), max_tokens) for _ in range(n)]
 
 
+def answer(request: Request) -> Completion:
+    """What the tutor will answer to a request."""
+    given = dict(request.parameters)
+    seed, max_tokens = int(given["seed"]), int(given["max_tokens"])
+    return complete(request.messages, temperature=given["temperature"], max_tokens=max_tokens, seed=seed, n=1)[0]
+
+
 def _completion(prompt: str, answer: str, max_tokens: int | None) -> Completion:
     words = answer.split(" ")
     kept = words[:max_tokens]
