@@ -34,7 +34,7 @@ from gadjax.terminal import say
 _MAY_CHANGE = (
     *("run.folder", "run.name", "mesh", "rollout", "student.rematerialise", "evaluation.metrics", "evaluation.stages", "evaluation.export"),
     *(f"teacher.{name}" for name in ("base_url", "api_key_env", "concurrency", "max_cost", "price", "timeout", "tries", "retry_wait")),
-    *("teacher.requests_per_minute", "teacher.tokens_per_minute"),
+    *("teacher.requests_per_minute", "teacher.tokens_per_minute", "teacher.batch"),
 )
 
 CONFIG = "config.yaml"

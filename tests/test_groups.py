@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gadjax import prepare
+from gadjax import collecting, prepare
 from gadjax.collecting import collect_answers
 from gadjax.data.packing import RowShape, pack
 from gadjax.data.pipeline import batches
@@ -78,7 +78,8 @@ def test_evaluation_counts_prompts_and_compares_with_every_answer(twice: Path):
 def test_groups_are_made_of_the_answers_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every prompt is asked for two answers: to one of four none is given, to another only one."""
     said = list[str]()
-    monkeypatch.setattr(prepare, "say", said.append)
+    for module in (collecting, prepare):
+        monkeypatch.setattr(module, "say", said.append)
     monkeypatch.setenv("TEST_KEY", "k")
     monkeypatch.chdir(tmp_path)
 

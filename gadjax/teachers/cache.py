@@ -25,7 +25,7 @@ from gadjax.errors import UserError
 from gadjax.records import Message
 
 VERSION = 1  # of the keys
-LAYOUT = 2  # of the file; 1 had no reservations
+LAYOUT = 2  # of the file; 1 had no reservations and batches
 BUSY_SECONDS = 60.0  # how long a writer waits for another process's transaction
 
 
@@ -126,6 +126,14 @@ ANSWERS = """
         reserved REAL NOT NULL DEFAULT 0
     ) STRICT
 """
+BATCHES = """
+    CREATE TABLE IF NOT EXISTS batches (
+        token TEXT PRIMARY KEY,
+        provider TEXT NOT NULL,
+        batch TEXT NOT NULL DEFAULT '',
+        created REAL NOT NULL
+    ) STRICT
+"""
 RESERVED = "ALTER TABLE answers ADD COLUMN reserved REAL NOT NULL DEFAULT 0"
 # Sums of money are made from it alone: the table has all the texts.
 MONEY = "CREATE INDEX IF NOT EXISTS money ON answers (state, cost, reserved, leased_until)"
@@ -173,7 +181,7 @@ class TeacherCache:
             return  # nothing is written by opening
         with self._transaction():
             version = self._check_version(*range(LAYOUT + 1))  # another process may have been first
-            for statement in {0: (ANSWERS, MONEY), 1: (RESERVED, MONEY)}.get(version, ()):
+            for statement in {0: (ANSWERS, MONEY, BATCHES), 1: (RESERVED, MONEY, BATCHES)}.get(version, ()):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {LAYOUT}")
 
@@ -294,6 +302,31 @@ class TeacherCache:
         """
         with self._transaction():
             self._db.executemany(statement, rows)
+
+    def begin_batch(self, token: str, provider: str) -> None:
+        """Writes down that a batch is about to be made; its rows are leased to the token."""
+        with self._transaction():
+            self._db.execute("INSERT INTO batches (token, provider, created) VALUES (?, ?, ?)", (token, provider, time.time()))
+
+    def name_batch(self, token: str, batch: str) -> None:
+        """Writes down what the endpoint calls the batch."""
+        with self._transaction():
+            self._db.execute("UPDATE batches SET batch = ? WHERE token = ?", (batch, token))
+
+    def open_batches(self, provider: str) -> list[tuple[str, str]]:
+        """The tokens of the batches that are under way, and their names; a name is empty where it is not known that one was made."""
+        return self._db.execute("SELECT token, batch FROM batches WHERE provider = ? ORDER BY created", (provider,)).fetchall()
+
+    def in_batch(self, token: str) -> dict[str, Request]:
+        """The requests of a batch that have no outcome yet, by their key."""
+        statement = "SELECT key, request FROM answers WHERE state = 'leased' AND owner = ?"
+        return {key: Request.parse(request) for key, request in self._db.execute(statement, (token,))}
+
+    def end_batch(self, token: str) -> None:
+        """Forgets a batch; its requests without an outcome are pending again."""
+        with self._transaction():
+            self._db.execute("UPDATE answers SET state = 'pending' WHERE state = 'leased' AND owner = ?", (token,))
+            self._db.execute("DELETE FROM batches WHERE token = ?", (token,))
 
     def outcomes(self, keys: Iterable[str]) -> dict[str, Outcome]:
         """The outcomes of those keys that have one."""

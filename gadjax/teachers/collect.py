@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gadjax.errors import UserError
 from gadjax.records import Answer, Prompt
+from gadjax.teachers.batch import collect_in_batches
 from gadjax.teachers.cache import Request, TeacherCache
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.dispatch import OnProgress
@@ -18,9 +19,20 @@ from gadjax.teachers.file import collect_from_file
 from gadjax.teachers.openai import collect_from_endpoint
 from gadjax.teachers.tutor import collect_from_tutor
 
+
+def collect_from_openai(requests: Sequence[Request], config: TeacherConfig, cache: TeacherCache, on_progress: OnProgress) -> None:
+    """At once, or in batches."""
+    if config.batch is not None:
+        collect_in_batches(requests, config, cache, on_progress)
+    elif cache.open_batches(config.provider):
+        raise UserError("teacher.batch", "is left out while answers are under way in a batch", "write `batch: {}` until they are read")
+    else:
+        collect_from_endpoint(requests, config, cache, on_progress)
+
+
 # Brings every request to an outcome in the cache, asking for nothing that has an answer or a refusal there.
 Backend = Callable[[Sequence[Request], TeacherConfig, TeacherCache, OnProgress], None]
-BACKENDS: dict[str, Backend] = {"openai": collect_from_endpoint, "tutor": collect_from_tutor, "file": collect_from_file}
+BACKENDS: dict[str, Backend] = {"openai": collect_from_openai, "tutor": collect_from_tutor, "file": collect_from_file}
 
 
 @dataclass(frozen=True)

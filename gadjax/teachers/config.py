@@ -38,6 +38,18 @@ PRICES = {
 }
 
 
+class BatchConfig(Section):
+    """The Batch API: answers within a day, for half the price.
+
+    Attributes:
+        requests: in one batch, at most.
+        poll_seconds: between looks at a batch.
+    """
+
+    requests: int = Field(default=10_000, ge=1, le=50_000)
+    poll_seconds: float = Field(default=60.0, gt=0)
+
+
 class TeacherConfig(Section):
     """The teacher.
 
@@ -55,6 +67,7 @@ class TeacherConfig(Section):
         max_cost: US dollars that all answers of the cache may cost together, whoever collects them; what a reply that was lost may
             have cost counts.
         price: US dollars per million tokens, for a model that the built-in table lacks.
+        batch: `{}` asks through the Batch API, at half the price; null asks at once.
         timeout: seconds for one request, from connecting to the last byte.
         tries: times that a request is sent before its answer counts as failed.
         retry_wait: seconds before the second try; the wait doubles from try to try.
@@ -73,6 +86,7 @@ class TeacherConfig(Section):
     tokens_per_minute: float | None = Field(default=None, gt=0)
     max_cost: float = Field(default=20.0, ge=0)
     price: Price | None = None
+    batch: BatchConfig | None = None
     timeout: float = Field(default=120.0, gt=0)
     tries: int = Field(default=6, ge=1)
     retry_wait: float = Field(default=1.0, ge=0)

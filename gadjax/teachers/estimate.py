@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gadjax.teachers.batch import batch_price
 from gadjax.teachers.cache import Outcome, Request, TeacherCache
 from gadjax.teachers.config import FREE, TeacherConfig
 from gadjax.teachers.openai import price_of
@@ -61,7 +62,7 @@ def estimate(requests: Sequence[Request], config: TeacherConfig, cache: TeacherC
     else:
         mean, error, prompt_tokens = config.max_tokens, 0.0, size / BYTES_A_TOKEN
     tokens = round(prompt_tokens), round(mean * len(open_ones))
-    price = FREE if config.backend == "tutor" else price_of(config)
+    price = FREE if config.backend == "tutor" else price_of(config) if config.batch is None else batch_price(price_of(config))
     return Estimate(len(open_ones), *tokens, price.cost(*tokens), len(known), error)
 
 
