@@ -14,6 +14,7 @@ from gadjax.algorithms.registry import ALGORITHMS
 from gadjax.algorithms.seqkd import SeqkdConfig
 from gadjax.algorithms.stage import SamplingStageConfig, StageConfig
 from gadjax.algorithms.warmup import WarmupConfig
+from gadjax.data.cleaning import CleaningConfig
 from gadjax.errors import UserError
 from gadjax.evaluation.config import EvaluationConfig
 from gadjax.models.fresh import FreshConfig
@@ -131,6 +132,7 @@ class Config(Section):
     prompts: PromptsConfig = PromptsConfig()
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
+    cleaning: CleaningConfig = CleaningConfig()
     mesh: MeshConfig = MeshConfig()
     rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from gadjax.config import Config
+from gadjax.data.cleaning import clean
 from gadjax.data.snapshot import Example, Snapshot, freeze
 from gadjax.errors import UserError
 from gadjax.models.checkpoint import TOKENIZER_FILES, open_weights
 from gadjax.models.decoder import language_model
 from gadjax.models.fresh import write_fresh
+from gadjax.moderation import Moderator
 from gadjax.origins import check_origins
 from gadjax.records import Answer, Prompt, TokenGroup
 from gadjax.runs import Run
@@ -59,8 +61,8 @@ def prepare_data(run: Run) -> Path:
     Data that a stage has begun to train on is kept as it is, whatever was collected since.
     """
     config, (train, validation) = run.config, run.prompts
-    answered = _answers(run)
     prompts = {prompt.id: prompt for prompt in [*train, *validation]}
+    answered = _answers(run)
     folder = student_folder(run, [text for answer in answered["train"] for text in (prompts[answer.prompt_id].text, answer.text)])
     fingerprint = _fingerprint(config, folder, answered)
     if run.data.exists():
@@ -69,19 +71,22 @@ def prepare_data(run: Run) -> Path:
         if run.begun():
             say(f"prepare: other answers or another tokenizer than in {run.data}; the stages go on with the data that they began with")
             return folder
-    text, fitting = Text.load(str(folder), config.student.template), _Fitting(config.data.max_prompt_tokens)
-    freeze(run.data, {split: _examples(text, config, prompts, found, fitting) for split, found in answered.items()}, fingerprint)
+    text = Text.load(str(folder), config.student.template)
+    fitting = _Fitting(config.data.max_prompt_tokens, config.cleaning.long_prompts == "cut")
+    cleaned = _cleaned(run, answered, prompts)
+    freeze(run.data, {split: _examples(text, config, prompts, found, fitting) for split, found in cleaned.items()}, fingerprint)
     fitting.tell()
-    groups = {split: sum(answer.prompt_id not in fitting.left_out for answer in found) for split, found in answered.items()}
+    groups = {split: sum(answer.prompt_id not in fitting.left_out for answer in found) for split, found in cleaned.items()}
     say(f"prepare: {groups['train']} groups to train on, {groups['validation']} held out")
     return folder
 
 
 @dataclass
 class _Fitting:
-    """The prompts that are longer than `max_tokens`: ids of those that were cut, and of those left out."""
+    """The prompts that are longer than `max_tokens`: ids of those that were cut, if they may be, and of those left out."""
 
     max_tokens: int
+    cuts: bool
     cut: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
 
@@ -90,7 +95,8 @@ class _Fitting:
         if self.cut:
             say(f"prepare: {len(self.cut)} prompts lose the end of their last text (data.max_prompt_tokens is {self.max_tokens})")
         if self.left_out:
-            say(f"prepare: {len(self.left_out)} prompts are left out: too long for data.max_prompt_tokens even without their last text")
+            even = " even without their last text" if self.cuts else ""
+            say(f"prepare: {len(self.left_out)} prompts are left out: too long for data.max_prompt_tokens{even}")
 
 
 def _answers(run: Run) -> dict[str, list[Answer]]:
@@ -108,6 +114,20 @@ def _answers(run: Run) -> dict[str, list[Answer]]:
                 f"prompts.{split}", "no prompt has an answer of the teacher", "add prompts, or see what `gadjax collect` refused"
             )
     return answered
+
+
+def _cleaned(run: Run, answered: dict[str, list[Answer]], prompts: Mapping[str, Prompt]) -> dict[str, list[Answer]]:
+    """What the cleaning leaves of the answers; how many it leaves out is told for each reason."""
+    config = run.config.cleaning
+    if config.moderation is None:
+        cleaned = clean(answered, prompts, config)
+    else:
+        with Moderator(config.moderation, run.folder / "moderation.sqlite") as moderator:
+            cleaned = clean(answered, prompts, config, moderator.flagged)
+    for reason, count in cleaned.left_out.items():
+        if count:
+            say(f"prepare: {count} answers are left out: {reason}")
+    return cleaned.answers
 
 
 def _of_teachers(prompts: Sequence[Prompt], config: Config, cache: TeacherCache) -> list[Answer]:
@@ -153,6 +173,9 @@ def _examples(text: Text, config: Config, prompts: dict[str, Prompt], found: Seq
         except PromptTooLong:
             fitting.left_out.add(prompt.id)
             continue
+        if cut and not fitting.cuts:
+            fitting.left_out.add(prompt.id)
+            continue
         if cut:
             fitting.cut.add(prompt.id)
         response = text.response_ids(answer.text, config.data.max_response_tokens, answer.truncated)
@@ -168,6 +191,7 @@ def _fingerprint(config: Config, folder: Path, answered: dict[str, list[Answer]]
         if (folder / name).is_file():
             tokenizer.update(name.encode() + (folder / name).read_bytes())
     texts = hashlib.sha256(repr(answered).encode())
+    cleaning = config.cleaning.model_dump_json()
     lengths = f"{config.data.max_prompt_tokens}, {config.data.max_response_tokens}"
     tokenizer.update(repr(sorted(config.student.template.items())).encode())
-    return {"tokenizer": tokenizer.hexdigest(), "answers": texts.hexdigest(), "lengths": lengths}
+    return {"tokenizer": tokenizer.hexdigest(), "answers": texts.hexdigest(), "lengths": lengths, "cleaning": cleaning}

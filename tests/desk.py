@@ -36,7 +36,7 @@ class Clerk(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text, desk = body["messages"][-1]["content"], self.server
+        text, desk = body["messages"][-1]["content"] if "messages" in body else "", self.server
         desk.bodies.append(body)
         desk.headers.append(self.headers)
         before = desk.asked[text]

@@ -79,7 +79,7 @@ async def resets(writer: Writer, text: str) -> None:
 
 
 def limited(**headers: str) -> Fault:
-    return sends(lambda text: http(problem("slow down", "rate_limit_exceeded"), "429 Too Many Requests", **headers))
+    return sends(lambda text: http(problem("slow down", "rate_limit_exceeded"), "429 Too Many Requests", None, **headers))
 
 
 def chunked(text: str) -> bytes:
