@@ -11,12 +11,13 @@ from gadjax.errors import UserError
 from gadjax.records import Prompt
 from gadjax.runs import Run
 from gadjax.teachers import grammar
-from gadjax.teachers.cache import Outcome, Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.collect import all_requests, collect, request_for
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.estimate import Estimate, estimate
 from gadjax.teachers.file import Fields, read_pairs
 from gadjax.teachers.openai import api_key, price_of
+from gadjax.teachers.requests import Outcome, Request
 from gadjax.terminal import say, track
 
 CHUNK = 1000  # imported rows a transaction

@@ -13,6 +13,7 @@ from gadjax.evaluation.table import print_table
 from gadjax.export import export_discriminator, export_stage
 from gadjax.files import replace_file, to_json
 from gadjax.prepare import check_devices, check_student, prepare_data, student_folder
+from gadjax.report.audit import write_audit
 from gadjax.report.page import write_report
 from gadjax.runs import Clock, Run
 from gadjax.session import Session
@@ -111,4 +112,6 @@ def _evaluate(session: Session, clock: Clock) -> None:
 
 
 def _report(opened: Run) -> None:
-    say(f"report: {write_report(opened.folder, evaluated_stages(opened))}")
+    stages = evaluated_stages(opened)
+    write_audit(opened.folder, stages)
+    say(f"report: {write_report(opened.folder, stages)}")

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gadjax.errors import UserError
-from gadjax.teachers.cache import ANSWERS, Outcome, Request, TeacherCache
+from gadjax.teachers.cache import ANSWERS, TeacherCache
 from gadjax.teachers.config import TeacherConfig
+from gadjax.teachers.requests import Outcome, Request
 
 OK = Outcome("ok", "text \x00 é", "stop", 3, 5, 0.25, "model-1")
 
@@ -241,7 +242,7 @@ def test_opening_and_reading_change_nothing(path: Path) -> None:
 
 def test_a_reader_sees_what_a_killed_writer_committed(path: Path) -> None:
     program = (
-        "import os, sys; from gadjax.teachers.cache import *; cache = TeacherCache(sys.argv[1]);"
+        "import os, sys; from gadjax.teachers.cache import *; from gadjax.teachers.requests import *; cache = TeacherCache(sys.argv[1]);"
         "cache.record([(Request('p', 'm', (), {}), Outcome('ok', 'kept'))]); os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", program, str(path)], check=False)

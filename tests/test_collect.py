@@ -21,9 +21,10 @@ from gadjax.prompts import PromptsConfig
 from gadjax.records import Answer, Prompt
 from gadjax.server import Completion
 from gadjax.teachers import dispatch, file, grammar
-from gadjax.teachers.cache import Outcome, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.collect import Summary, answers, collect, requests_for
 from gadjax.teachers.config import TeacherConfig
+from gadjax.teachers.requests import Outcome
 from gadjax.teachers.sources import load_prompts
 from gadjax.teachers.tutor import complete
 from tests.desk import KEY, PROMPTS, Reply, desk, good, ok

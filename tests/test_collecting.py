@@ -15,10 +15,11 @@ from gadjax.data.snapshot import Snapshot
 from gadjax.prepare import prepare_data
 from gadjax.records import Prompt
 from gadjax.runs import Run
-from gadjax.teachers.cache import Outcome, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.collect import all_requests, answers
 from gadjax.teachers.config import Price, TeacherConfig
 from gadjax.teachers.estimate import estimate
+from gadjax.teachers.requests import Outcome
 from tests import tiny
 from tests.desk import KEY, PROMPTS, Reply, desk, error, good, ok
 

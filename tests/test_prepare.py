@@ -56,7 +56,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path: Path, monk
 
 
 def test_prompts_that_are_cut_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
-    rows = [{"prompt": "word " * 40 + str(number), "response": "yes"} for number in range(4)]
+    rows = [{"prompt": f"word{number} " * 40, "response": "yes"} for number in range(4)]
     run = run_of(tmp_path, monkeypatch, [*SHORT, *rows])
     prepare_data(run)
     assert said[0] == "prepare: 4 prompts lose the end of their last text (data.max_prompt_tokens is 40)"

@@ -22,11 +22,12 @@ from openai import APIConnectionError, APIError, APIStatusError, OpenAI
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gadjax.errors import UserError
-from gadjax.teachers.cache import Outcome, Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import Price, TeacherConfig
 from gadjax.teachers.dispatch import LONGEST_WAIT, OnProgress
 from gadjax.teachers.openai import MAX_REPLY, api_key, body_of, price_of
 from gadjax.teachers.replies import Replies, Retry
+from gadjax.teachers.requests import Outcome, Request
 
 ENDED = ("completed", "expired", "cancelled", "failed")
 KEPT_SECONDS = 30 * 86400.0  # for which results can be fetched

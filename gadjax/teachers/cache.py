@@ -8,86 +8,24 @@ A row that is `ok` or `refused` stays what it is. Every method is one transactio
 returns (write-ahead log, `synchronous=FULL`): a process may be killed at any point, and several may collect at once.
 """
 
-import hashlib
 import json
 import math
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
-from functools import cached_property
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from gadjax.errors import UserError
 from gadjax.records import Message
+from gadjax.teachers.requests import COLUMNS, Outcome, Request
 
-VERSION = 1  # of the keys
 LAYOUT = 2  # of the file; 1 had no reservations and batches
 BUSY_SECONDS = 60.0  # how long a writer waits for another process's transaction
-
-
-@dataclass(frozen=True)
-class Request:
-    """One answer that is wanted of a teacher.
-
-    Attributes:
-        provider: who answers; never holds a key or a port.
-        model: the model's name there.
-        messages: the conversation.
-        parameters: every sampling parameter (`temperature`, `max_tokens`, ...).
-        sample: 0 for the first answer to the messages, 1 for the second, ...
-    """
-
-    provider: str
-    model: str
-    messages: tuple[Message, ...]
-    parameters: Mapping[str, float | int]
-    sample: int = 0
-
-    @cached_property
-    def json(self) -> str:
-        """The request as canonical JSON: equal requests have equal texts."""
-        content = {**{field.name: getattr(self, field.name) for field in fields(self)}, "version": VERSION}
-        return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-    @classmethod
-    def parse(cls, text: str) -> "Request":
-        """The request of its canonical JSON."""
-        content = json.loads(text)
-        del content["version"]
-        return cls(**content | {"messages": tuple(content["messages"])})
-
-    @cached_property
-    def key(self) -> str:
-        """The SHA-256 of the canonical JSON: the row's primary key."""
-        return hashlib.sha256(self.json.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a request.
-
-    Attributes:
-        state: `ok`, `refused` (the teacher would not answer, which is data too) or `failed` (there was no usable reply).
-        text: the answer, or the words of the refusal.
-        finish_reason: as replied; `length` marks an answer that the length limit cut off.
-        prompt_tokens, completion_tokens: as replied.
-        cost: US dollars; the most that it may be where the endpoint does not say.
-        model: the model's name as replied.
-        error: why it failed or was refused.
-    """
-
-    state: Literal["ok", "refused", "failed"]
-    text: str = ""
-    finish_reason: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
-    model: str = ""
-    error: str = ""
 
 
 class Lease(NamedTuple):
@@ -106,7 +44,28 @@ class Lease(NamedTuple):
     reserved: float
 
 
-COLUMNS = tuple(field.name for field in fields(Outcome))
+@dataclass(frozen=True)
+class Overview:
+    """What a cache holds of one teacher.
+
+    Attributes:
+        provider, model: the teacher, as the keys say it.
+        states: the number of rows in each state.
+        truncated: answers that the length limit cut off.
+        cost: US dollars.
+        replied: the models' names as replied, and how often, the most frequent first.
+        errors: why rows were refused or failed, and how often, the most frequent first.
+    """
+
+    provider: str
+    model: str
+    states: Mapping[str, int]
+    truncated: int
+    cost: float
+    replied: Sequence[tuple[str, int]]
+    errors: Sequence[tuple[str, int]]
+
+
 ANSWERS = """
     CREATE TABLE IF NOT EXISTS answers (
         key TEXT PRIMARY KEY,
@@ -366,6 +325,29 @@ class TeacherCache:
         """
         return [tuple(json.loads(messages)) for (messages,) in self._db.execute(statement, (provider, model))]
 
+    def overview(self, shown: int = 8) -> list[Overview]:
+        """What there is of each teacher; of names and errors the `shown` most frequent ones."""
+        teacher = "json_extract(request, '$.provider') AS provider, json_extract(request, '$.model') AS asked"
+        statement = f"""
+            SELECT {teacher}, state, model, error, finish_reason = 'length', count(*), sum(cost) FROM answers
+            GROUP BY provider, asked, state, model, error, finish_reason = 'length' ORDER BY provider, asked
+        """
+        found = dict[tuple[str, str], list[tuple[str, str, str, int, int, float]]]()
+        for provider, asked, *row in self._db.execute(statement):
+            found.setdefault((provider, asked), []).append(tuple(row))
+        return [_overview(*teacher, rows, shown) for teacher, rows in found.items()]
+
     def cost(self) -> float:
         """US dollars that all answers of the cache have cost."""
         return self._db.execute("SELECT coalesce(sum(cost), 0.0) FROM answers").fetchone()[0]
+
+
+def _overview(provider: str, asked: str, rows: Sequence[tuple[str, str, str, int, int, float]], shown: int) -> Overview:
+    states, models, errors = Counter[str](), Counter[str](), Counter[str]()
+    for state, model, error, _, count, _ in rows:
+        states[state] += count
+        models[model] += count * bool(model)
+        errors[error] += count * bool(error)
+    truncated = sum(count for state, _, _, cut, count, _ in rows if cut and state == "ok")
+    replied, reasons = ([each for each in counts.most_common(shown) if each[1]] for counts in (models, errors))
+    return Overview(provider, asked, states, truncated, sum(row[-1] for row in rows), replied, reasons)

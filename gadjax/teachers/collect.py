@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from gadjax.errors import UserError
 from gadjax.records import Answer, Prompt
 from gadjax.teachers.batch import collect_in_batches
-from gadjax.teachers.cache import Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.dispatch import OnProgress
 from gadjax.teachers.file import collect_from_file
 from gadjax.teachers.openai import collect_from_endpoint
+from gadjax.teachers.requests import Request
 from gadjax.teachers.tutor import collect_from_tutor
 
 

@@ -19,9 +19,10 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from gadjax.errors import UserError
-from gadjax.teachers.cache import Outcome, Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.replies import Retry, most_prompt_tokens
+from gadjax.teachers.requests import Outcome, Request
 
 OnProgress = Callable[[int, int], None]  # answers that are there, answers that are wanted
 Result = TypeVar("Result")

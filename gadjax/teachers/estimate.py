@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gadjax.teachers.batch import batch_price
-from gadjax.teachers.cache import Outcome, Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import FREE, TeacherConfig
 from gadjax.teachers.openai import price_of
+from gadjax.teachers.requests import Outcome, Request
 from gadjax.teachers.tutor import answer
 
 SAMPLE = 2000  # known answers that are looked at

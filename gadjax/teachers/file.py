@@ -8,9 +8,10 @@ from gadjax.errors import UserError
 from gadjax.prompts import checked_text, make_prompt
 from gadjax.records import Prompt
 from gadjax.rows import read_rows
-from gadjax.teachers.cache import Outcome, Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.dispatch import OnProgress
+from gadjax.teachers.requests import Outcome, Request
 
 WHERE = "teacher.path"
 PAIRS = (("prompt", "response"), ("content", "teacher_response"))

@@ -14,10 +14,11 @@ import httpx2
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from gadjax.errors import UserError
-from gadjax.teachers.cache import Outcome, Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import PRICES, Price, TeacherConfig
 from gadjax.teachers.dispatch import Dispatcher, OnProgress, run_to_its_end
 from gadjax.teachers.replies import Replies, Retry
+from gadjax.teachers.requests import Outcome, Request
 
 MAX_REPLY = 8 * 2**20  # bytes
 NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)

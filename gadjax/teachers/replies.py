@@ -14,8 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gadjax.errors import UserError
-from gadjax.teachers.cache import Outcome, Request
 from gadjax.teachers.config import Price, TeacherConfig
+from gadjax.teachers.requests import Outcome, Request
 
 LONGEST_RETRY_AFTER = 300.0  # seconds
 FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")  # codes of a request that is refused for its content

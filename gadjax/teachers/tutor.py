@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from gadjax.records import Message
 from gadjax.server import Completion, Server
 from gadjax.teachers import grammar
-from gadjax.teachers.cache import Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import FREE, TeacherConfig
 from gadjax.teachers.dispatch import OnProgress
 from gadjax.teachers.openai import collect_from_endpoint
+from gadjax.teachers.requests import Request
 
 CONCURRENCY = 3  # more is slower: server and client share this process
 
