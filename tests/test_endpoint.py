@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from gadjax.errors import UserError
 from gadjax.records import Answer, Prompt
 from gadjax.teachers import dispatch, openai, replies
 from gadjax.teachers.cache import TeacherCache
-from gadjax.teachers.collect import answers, collect
+from gadjax.teachers.collect import answers, collect, requests_for
 from gadjax.teachers.config import Price, TeacherConfig
 from tests.desk import KEY, PROMPTS, Reply, desk, error, good, ok
 
@@ -285,6 +287,43 @@ def test_the_config_s_limits_are_kept(cache: TeacherCache) -> None:
         tokens = {"tokens_per_minute": 60_000.0, "max_tokens": 100, "concurrency": 1}
         collect(PROMPTS[5:10], teacher.model_copy(update=tokens), cache)
     assert times[-1] - times[0] > 3.5 * 30 / 1000  # of 30 tokens each, whatever was feared
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["stop", "length", "assistant", "503"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["model", "choices", "message", "content", "finish_reason", "usage", "error", "code"]), inner)
+    ),
+    max_leaves=12,
+)
+READER = replies.Replies(TeacherConfig(), Price(input=1.0, output=1.0), KEY)
+
+
+@given(JSON.map(json.dumps) | st.text(max_size=30) | st.binary(max_size=30))
+@example('{"error": {"code": 1e999}}')
+@example('{"error": {"code": "' + "9" * 5000 + '"}}')
+@example("[" * 50_000)
+def test_any_reply_is_an_outcome_a_retry_or_a_fault(content: bytes | str) -> None:
+    try:
+        outcome = READER.outcome(content, requests_for(PROMPTS[0], TeacherConfig())[0])
+    except (replies.Retry, UserError):
+        return
+    assert outcome.state == "refused" or outcome.text.strip()
+
+
+@given(
+    st.integers(100, 599), JSON, st.dictionaries(st.sampled_from(["Retry-After", "x-ratelimit-reset", "Location"]), st.text(max_size=30))
+)
+def test_any_error_is_an_outcome_a_retry_or_a_fault(status: int, error: object, headers: dict[str, str]) -> None:
+    try:
+        outcome = READER.sort(status, error, headers)
+    except replies.Retry as retry:
+        assert 0 <= retry.wait <= 300
+    except UserError:
+        return
+    else:
+        assert outcome.state in ("refused", "failed") and outcome.error.isprintable()
 
 
 def test_openai_s_own_hosts_are_asked_with_their_name_of_the_limit() -> None:

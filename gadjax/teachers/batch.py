@@ -254,13 +254,13 @@ class _Batches:
             name, reply = row["custom_id"], row.get("response") or {}
             status, body = int(reply.get("status_code") or 0), reply.get("body")
             request = wanted[name]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return "", None
         try:
             if status == 200:
                 return name, self._replies.outcome(json.dumps(body), request)
             error = body.get("error", body) if isinstance(body, dict) else row.get("error")
-            return name, self._replies.sort(status or 503, error, {})
+            return name, self._replies.sort(status if status >= 400 else 503, error, {})
         except Retry:
             return name, None
         except UserError as fault:

@@ -125,7 +125,7 @@ class Replies:
         try:
             error = json.loads(content)["error"]
             status = int(error["code"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return
         if 400 <= status < 600:
             self.sort(status, error, {})
