@@ -273,20 +273,23 @@ def test_requests_and_tokens_a_minute_are_spread_evenly() -> None:
     assert [pace.take(5.0, 100) for _ in range(2)] == [5, 5]
 
 
-def test_the_config_s_limits_are_kept(cache: TeacherCache) -> None:
-    times = list[float]()
+def test_the_config_s_limits_are_kept(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    times, given_back = list[float](), list[int]()
 
     def timed(text: str, before: int) -> Reply:
         times.append(time.monotonic())
-        return ok(text)
+        return (500, {}, b"") if text == "question 7" and not before else ok(text)
 
     with desk(timed) as (_, teacher):
         collect(PROMPTS[:5], teacher.model_copy(update={"requests_per_minute": 1200.0}), cache)
         assert times[-1] - times[0] > 3.5 * 60 / 1200
         times.clear()
-        tokens = {"tokens_per_minute": 60_000.0, "max_tokens": 100, "concurrency": 1}
-        collect(PROMPTS[5:10], teacher.model_copy(update=tokens), cache)
-    assert times[-1] - times[0] > 3.5 * 30 / 1000  # of 30 tokens each, whatever was feared
+        monkeypatch.setattr(dispatch.Pace, "give_back", lambda pace, tokens: given_back.append(tokens))
+        tokens = {"tokens_per_minute": 600_000.0, "max_tokens": 100, "concurrency": 1}
+        collect(PROMPTS[5:8], teacher.model_copy(update=tokens), cache)
+    most = 16 + 16 + len("question 5") + 100
+    assert times[-1] - times[0] > 2.5 * 60 * most / 600_000
+    assert given_back == [most - 30, most - 30, most, most - 30]  # an error has no tokens
 
 
 JSON = st.recursive(
