@@ -274,21 +274,29 @@ def test_requests_and_tokens_a_minute_are_spread_evenly() -> None:
 
 
 def test_the_config_s_limits_are_kept(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    times, given_back = list[float](), list[int]()
+    limits, taken, given_back = list[tuple[float | None, ...]](), list[int](), list[int]()
 
-    def timed(text: str, before: int) -> Reply:
-        times.append(time.monotonic())
-        return (500, {}, b"") if text == "question 7" and not before else ok(text)
+    class Spy(dispatch.Pace):
+        def __init__(self, *given: float | None):
+            limits.append(given)
+            super().__init__(*given)
 
-    with desk(timed) as (_, teacher):
-        collect(PROMPTS[:5], teacher.model_copy(update={"requests_per_minute": 1200.0}), cache)
-        assert times[-1] - times[0] > 3.5 * 60 / 1200
-        times.clear()
-        monkeypatch.setattr(dispatch.Pace, "give_back", lambda pace, tokens: given_back.append(tokens))
-        tokens = {"tokens_per_minute": 600_000.0, "max_tokens": 100, "concurrency": 1}
-        collect(PROMPTS[5:8], teacher.model_copy(update=tokens), cache)
-    most = 16 + 16 + len("question 5") + 100
-    assert times[-1] - times[0] > 2.5 * 60 * most / 600_000
+        def take(self, now: float, tokens: int) -> float:
+            taken.append(tokens)
+            return super().take(now, tokens)
+
+        def give_back(self, tokens: int) -> None:
+            given_back.append(tokens)
+            super().give_back(tokens)
+
+    monkeypatch.setattr(dispatch, "Pace", Spy)
+    with desk(lambda text, before: ok(text) if before or text != "question 2" else (500, {}, b"")) as (_, teacher):
+        slow = {"requests_per_minute": 300.0, "tokens_per_minute": 600_000.0, "max_tokens": 100, "concurrency": 1}
+        started = time.monotonic()
+        collect(PROMPTS[:3], teacher.model_copy(update=slow), cache)
+        assert time.monotonic() - started >= 3 * 60 / 300
+    most = 16 + 16 + len("question 0") + 100
+    assert (limits, taken) == ([(300.0, 600_000.0)], [most] * 4)
     assert given_back == [most - 30, most - 30, most, most - 30]  # an error has no tokens
 
 
