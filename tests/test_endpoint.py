@@ -40,6 +40,7 @@ HOSTILE: dict[str, Reply] = {
     "an error on 200": (200, {}, error("overloaded")),
     "choices null": (200, {}, good("x", choices=None)),
     "no choices": (200, {}, good("x", choices=[])),
+    "two choices": (200, {}, good("x", choices=json.loads(good("x"))["choices"] * 2)),
     "a list for content": (200, {}, good("x", choice={"message": {"role": "assistant", "content": ["x"]}})),
     "an unknown ending": (200, {}, good("x", choice={"finish_reason": "tool_calls"})),
     "negative usage": (200, {}, good("x", usage={"prompt_tokens": -1, "completion_tokens": 1})),
