@@ -61,11 +61,13 @@ def collect_command(config: Path, overrides: list[str], show_status: bool, dry_r
     elif dry_run:
         _tell(_estimate(run, limit), as_json, "dry run")
     else:
+        run.fetch()
         check_teacher(run)
         with run.begin(alone=False):
             collect_answers(run, limit)
-            if as_json:
-                _tell(status(run), as_json, "status")
+            run.push()
+        if as_json:
+            _tell(status(run), as_json, "status")
 
 
 def status(run: Run) -> dict[str, float]:
@@ -129,12 +131,14 @@ def import_command(
     config = run.config.all_teachers.get(teacher)
     if config is None:
         raise UserError("--teacher", f"the config has no teacher {teacher!r}", f"use one of {', '.join(run.config.all_teachers)}")
+    run.fetch()
     pairs = read_pairs(source, Fields(*fields), "import")
     first = next(pairs, None)  # before anything is made
     if first is None:
         raise UserError(source, "has no rows", "name another file")
     with run.begin(), TeacherCache(run.cache) as cache:
         counts = import_answers(itertools.chain([first], pairs), config, cache, replace)
+        run.push()
     if as_json:
         print(json.dumps(counts))
     unused = counts["unused"]
