@@ -136,9 +136,10 @@ def import_command(
     first = next(pairs, None)  # before anything is made
     if first is None:
         raise UserError(source, "has no rows", "name another file")
-    with run.begin(), TeacherCache(run.cache) as cache:
-        counts = import_answers(itertools.chain([first], pairs), config, cache, replace)
-        run.push()
+    with run.begin():
+        with TeacherCache(run.cache) as cache:
+            counts = import_answers(itertools.chain([first], pairs), config, cache, replace)
+        run.push()  # of the closed cache: an open one has a part of it in another file
     if as_json:
         print(json.dumps(counts))
     unused = counts["unused"]

@@ -20,6 +20,8 @@ Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
 class Desk(ThreadingHTTPServer):
     """An endpoint whose every reply is made by a function of the prompt's text and of how often it was asked before."""
 
+    request_queue_size = 256  # a connection that finds no place is reset, and its request counts as lost
+
     def __init__(self, reply: Callable[[str, int], Reply]):
         super().__init__(("127.0.0.1", 0), Clerk)
         self.reply, self.asked, self.bodies, self.headers = reply, Counter[str](), list[dict[str, Any]](), list[Any]()

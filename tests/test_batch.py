@@ -41,6 +41,8 @@ def expired(line: Line) -> Line:
 class Bureau(ThreadingHTTPServer):
     """Takes files and batches; `finish` says what a batch ends with: its status and the lines of its two files."""
 
+    request_queue_size = 256
+
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Clerk)
         self.files, self.batches, self.looks = dict[str, bytes](), dict[str, Any](), Counter[str]()
