@@ -14,7 +14,7 @@ from gadjax.teachers.dispatch import OnProgress
 from gadjax.teachers.openai import collect_from_endpoint
 from gadjax.teachers.requests import Request
 
-CONCURRENCY = 3  # more is slower: server and client share this process
+CONCURRENCY = 16  # more brings nothing: server and client share this process
 
 
 def complete(messages: Sequence[Message], *, temperature: float, max_tokens: int | None, seed: int | None, n: int) -> Sequence[Completion]:
