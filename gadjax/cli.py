@@ -21,7 +21,8 @@ from gadjax.errors import UserError
 
 COMMANDS = {  # command -> "module:function"
     "run": "gadjax.run:run",
-    "collect": "gadjax.run:collect",
+    "collect": "gadjax.collecting:collect_command",
+    "import": "gadjax.collecting:import_command",
     "prepare": "gadjax.run:prepare",
     "train": "gadjax.run:train",
     "evaluate": "gadjax.run:evaluate",
@@ -68,12 +69,40 @@ def run(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def collect(config: Config, overrides: Overrides = None) -> None:
+def collect(
+    config: Config,
+    overrides: Overrides = None,
+    show_status: Annotated[bool, typer.Option("--status", help="Only tell what the cache holds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate the calls, tokens and dollars that are left.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many answers, drawn by lot: what --dry-run goes by.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
     """Ask the teacher for the answers that are not in the cache yet.
 
     Example: gadjax collect configs/quickstart.yaml teacher.max_cost=5
     """
-    _call("collect", config, overrides or [])
+    _call("collect", config, overrides or [], show_status, dry_run, limit, as_json)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE[:SPLIT]", help="A file, a folder, or a data set's name on the hub.")],
+    into: Annotated[Path, typer.Option("--into", metavar="CONFIG", help="The experiment's YAML file.", exists=True, dir_okay=False)],
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option(help="The field of the prompt, a text or a list of messages.")] = None,
+    response: Annotated[str | None, typer.Option(help="The field of the answer.")] = None,
+    messages: Annotated[str | None, typer.Option(help="The field of a list of messages that ends with the answer.")] = None,
+    teacher: Annotated[str, typer.Option(help="Whose answers they are: a name among the config's teachers.")] = "teacher",
+    replace: Annotated[bool, typer.Option("--replace", help="Answers that are there already give way.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Take a teacher's answers that exist already into the cache; without `prompts.train`, their prompts are the run's.
+
+    Read are JSON lines (plain, gzip, zstd), Parquet, folders of these or of the library `datasets`, and data sets of the hub.
+
+    Example: gadjax import answers.jsonl --into configs/mine.yaml
+    """
+    _call("import", source, into, overrides or [], (prompt, response, messages), teacher, replace, as_json)
 
 
 @app.command()

@@ -4,7 +4,7 @@ import difflib
 import re
 import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -14,6 +14,7 @@ from gadjax.algorithms.registry import ALGORITHMS
 from gadjax.algorithms.seqkd import SeqkdConfig
 from gadjax.algorithms.stage import SamplingStageConfig, StageConfig
 from gadjax.algorithms.warmup import WarmupConfig
+from gadjax.data.cleaning import CleaningConfig
 from gadjax.errors import UserError
 from gadjax.evaluation.config import EvaluationConfig
 from gadjax.models.fresh import FreshConfig
@@ -24,6 +25,7 @@ from gadjax.section import Section
 from gadjax.sharding import MeshConfig
 from gadjax.teachers.config import TeacherConfig
 
+FIRST_TEACHER = "teacher"  # what the section `teacher` is called among all teachers
 UNTOUCHED = "student"  # what `from` says for the student as it came
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a run and of a stage: a folder has it
 
@@ -94,12 +96,16 @@ class DataConfig(Section):
         max_response_tokens: R; longer responses are cut and have no end of turn.
         row_tokens: L, tokens of a packed row; by default the largest group.
         rows: M, packed rows of a micro-batch; by default one per data-parallel device.
+        teachers: whose answers are used, by name: `teacher`, or one of `teachers`; null: those of all.
+        samples: how many answers of each teacher to a prompt are used; null: as many as it was asked for.
     """
 
     max_prompt_tokens: int = Field(default=2048, ge=1)
     max_response_tokens: int = Field(default=1536, ge=1)
     row_tokens: int | None = Field(default=None, ge=2)
     rows: int | None = Field(default=None, ge=1)
+    teachers: list[str] | None = Field(default=None, min_length=1)
+    samples: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _a_row_holds_a_response(self) -> "DataConfig":
@@ -114,13 +120,19 @@ def _default_stages() -> dict[str, StageConfig]:
 
 
 class Config(Section):
-    """One experiment."""
+    """One experiment.
+
+    Attributes:
+        teachers: further teachers by name, who are asked the same prompts; `data.teachers` says whose answers are used.
+    """
 
     run: RunConfig = RunConfig()
     teacher: TeacherConfig = TeacherConfig()
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     prompts: PromptsConfig = PromptsConfig()
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
+    cleaning: CleaningConfig = CleaningConfig()
     mesh: MeshConfig = MeshConfig()
     rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -147,6 +159,25 @@ class Config(Section):
                     raise _at(f"stages.{name}", error, entry.config) from error
             made[name] = stage
         return made
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """All teachers by name; the one of the section `teacher` is called so."""
+        return {FIRST_TEACHER: self.teacher, **self.teachers}
+
+    @model_validator(mode="after")
+    def _teachers_fit(self) -> "Config":
+        """Teachers are told apart, and the data names some that are there."""
+        for name in self.teachers:
+            if not NAME.fullmatch(name) or name == FIRST_TEACHER:
+                mend = f"use letters, digits, `.`, `_` and `-`, and not `{FIRST_TEACHER}`"
+                raise UserError("teachers", f"{name!r} is no name for a further teacher", mend)
+        asked = [(each.provider, each.asked_model, each.temperature, each.max_tokens) for each in self.all_teachers.values()]
+        if len(set(asked)) < len(asked):
+            raise UserError("teachers", "two of them would be asked the same", "give one another model, or raise its `samples`")
+        for name in self.data.teachers or ():
+            _check_among("data.teachers", name, [*self.all_teachers], "a teacher")
+        return self
 
     @model_validator(mode="after")
     def _names_fit(self) -> "Config":
@@ -273,13 +304,15 @@ def _nearest(section: type[Section], key: str) -> str:
 
 def _section_at(root: type[Section], path: tuple[Any, ...]) -> type[Section] | None:
     """The section class that holds the last key of `path`."""
-    section = root
-    for key in path[:-1]:
+    section, keys = root, iter(path[:-1])
+    for key in keys:
         field = section.model_fields.get(str(key))
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         section = next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
         if section is None:
             return None
+        if field and get_origin(field.annotation) is dict:
+            next(keys, None)  # the section's name
     return section
 
 

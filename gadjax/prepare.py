@@ -1,9 +1,9 @@
-"""From a config to frozen data: the teacher's answers collected, the student's folder found or made, token groups frozen."""
+"""From collected answers to frozen data: the student's folder found or made, token groups frozen."""
 
 import hashlib
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,41 +12,24 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from gadjax.config import Config
+from gadjax.data.cleaning import clean
 from gadjax.data.snapshot import Example, Snapshot, freeze
 from gadjax.errors import UserError
 from gadjax.models.checkpoint import TOKENIZER_FILES, open_weights
 from gadjax.models.decoder import language_model
 from gadjax.models.fresh import write_fresh
+from gadjax.moderation import Moderator
 from gadjax.origins import check_origins
 from gadjax.records import Answer, Prompt, TokenGroup
 from gadjax.runs import Run
 from gadjax.session import read_student
 from gadjax.sharding import make_mesh
-from gadjax.teachers import grammar
 from gadjax.teachers.cache import TeacherCache
-from gadjax.teachers.collect import answers, collect
-from gadjax.teachers.file import read_pairs
-from gadjax.teachers.openai import api_key, price_of
-from gadjax.terminal import say, track
+from gadjax.teachers.collect import answers
+from gadjax.terminal import say
 from gadjax.text import PromptTooLong, Text
 
 WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]  # what is fetched of a hub repository
-
-
-def check_teacher(run: Run) -> None:
-    """Tells what is wrong with the prompts, and what a first request would be refused for."""
-    teacher = run.config.teacher
-    if not all(run.prompts):
-        raise UserError("prompts", "there are none to train on, or none held out", "give more prompts")
-    match teacher.backend:
-        case "openai" if not run.cache.exists():
-            api_key(teacher)
-            price_of(teacher)
-        case "file" if not run.cache.exists():
-            next(read_pairs(str(teacher.path)), None)
-        case "tutor":
-            for prompt in itertools.chain(*run.prompts):
-                grammar.check(prompt.messages[-1]["content"])
 
 
 def check_devices(run: Run) -> None:
@@ -72,26 +55,14 @@ def _has_place(text: Text, prompt: Prompt, max_tokens: int) -> bool:
         return False
 
 
-def collect_answers(run: Run) -> None:
-    """The teacher's answers to all prompts into the run's cache."""
-    config, (train, validation) = run.config, run.prompts
-    wanted = (len(train) + len(validation)) * config.teacher.samples
-    with TeacherCache(run.cache) as cache, track("collect", wanted) as advance:
-        summary = collect([*train, *validation], config.teacher, cache, lambda done, _: advance(done, ""))
-    missing = summary.refused + summary.failed
-    if missing or summary.truncated or summary.cost:
-        told = f"{summary.refused} refused, {summary.failed} failed, {summary.truncated} cut by length, ${summary.cost:.2f}"
-        say(f"collect: {summary.ok} of {summary.wanted} answers ({told})")
-
-
 def prepare_data(run: Run) -> Path:
     """Freezes the cached answers as token groups, once, and returns the student's folder.
 
     Data that a stage has begun to train on is kept as it is, whatever was collected since.
     """
     config, (train, validation) = run.config, run.prompts
-    answered = _answers(run)
     prompts = {prompt.id: prompt for prompt in [*train, *validation]}
+    answered = _answers(run)
     folder = student_folder(run, [text for answer in answered["train"] for text in (prompts[answer.prompt_id].text, answer.text)])
     fingerprint = _fingerprint(config, folder, answered)
     if run.data.exists():
@@ -100,19 +71,22 @@ def prepare_data(run: Run) -> Path:
         if run.begun():
             say(f"prepare: other answers or another tokenizer than in {run.data}; the stages go on with the data that they began with")
             return folder
-    text, fitting = Text.load(str(folder), config.student.template), _Fitting(config.data.max_prompt_tokens)
-    freeze(run.data, {split: _examples(text, config, prompts, found, fitting) for split, found in answered.items()}, fingerprint)
+    text = Text.load(str(folder), config.student.template)
+    fitting = _Fitting(config.data.max_prompt_tokens, config.cleaning.long_prompts == "cut")
+    cleaned = _cleaned(run, answered, prompts)
+    freeze(run.data, {split: _examples(text, config, prompts, found, fitting) for split, found in cleaned.items()}, fingerprint)
     fitting.tell()
-    groups = {split: sum(answer.prompt_id not in fitting.left_out for answer in found) for split, found in answered.items()}
+    groups = {split: sum(answer.prompt_id not in fitting.left_out for answer in found) for split, found in cleaned.items()}
     say(f"prepare: {groups['train']} groups to train on, {groups['validation']} held out")
     return folder
 
 
 @dataclass
 class _Fitting:
-    """The prompts that are longer than `max_tokens`: ids of those that were cut, and of those left out."""
+    """The prompts that are longer than `max_tokens`: ids of those that were cut, if they may be, and of those left out."""
 
     max_tokens: int
+    cuts: bool
     cut: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
 
@@ -121,16 +95,17 @@ class _Fitting:
         if self.cut:
             say(f"prepare: {len(self.cut)} prompts lose the end of their last text (data.max_prompt_tokens is {self.max_tokens})")
         if self.left_out:
-            say(f"prepare: {len(self.left_out)} prompts are left out: too long for data.max_prompt_tokens even without their last text")
+            even = " even without their last text" if self.cuts else ""
+            say(f"prepare: {len(self.left_out)} prompts are left out: too long for data.max_prompt_tokens{even}")
 
 
 def _answers(run: Run) -> dict[str, list[Answer]]:
-    """The cached answers to the prompts of each split; some to both."""
+    """The cached answers to the prompts of each split, of the teachers and as many as the data's settings say; some to both."""
     train, validation = run.prompts
     answered: dict[str, list[Answer]] = {}
     if run.cache.exists():
         with TeacherCache(run.cache, read_only=True) as cache:
-            answered = {"train": answers(train, run.config.teacher, cache), "validation": answers(validation, run.config.teacher, cache)}
+            answered = {"train": _of_teachers(train, run.config, cache), "validation": _of_teachers(validation, run.config, cache)}
     if not any(answered.values()):
         raise UserError(str(run.cache), "holds no answers to the prompts", "run `gadjax collect` first")
     for split, found in answered.items():
@@ -139,6 +114,31 @@ def _answers(run: Run) -> dict[str, list[Answer]]:
                 f"prompts.{split}", "no prompt has an answer of the teacher", "add prompts, or see what `gadjax collect` refused"
             )
     return answered
+
+
+def _cleaned(run: Run, answered: dict[str, list[Answer]], prompts: Mapping[str, Prompt]) -> dict[str, list[Answer]]:
+    """What the cleaning leaves of the answers; how many it leaves out is told for each reason."""
+    config = run.config.cleaning
+    if config.moderation is None:
+        cleaned = clean(answered, prompts, config)
+    else:
+        with Moderator(config.moderation, run.folder / "moderation.sqlite") as moderator:
+            cleaned = clean(answered, prompts, config, moderator.flagged)
+    for reason, count in cleaned.left_out.items():
+        if count:
+            say(f"prepare: {count} answers are left out: {reason}")
+    return cleaned.answers
+
+
+def _of_teachers(prompts: Sequence[Prompt], config: Config, cache: TeacherCache) -> list[Answer]:
+    """In the prompts' order; to one prompt, in the order of the teachers."""
+    found: dict[str, list[Answer]] = {prompt.id: [] for prompt in prompts}
+    for name in config.data.teachers or config.all_teachers:
+        teacher = config.all_teachers[name]
+        used = teacher.model_copy(update={"samples": min(teacher.samples, config.data.samples or teacher.samples)})
+        for answer in answers(prompts, used, cache):
+            found[answer.prompt_id].append(answer)
+    return list(itertools.chain.from_iterable(found.values()))
 
 
 def student_folder(run: Run, texts: Sequence[str]) -> Path:
@@ -173,6 +173,9 @@ def _examples(text: Text, config: Config, prompts: dict[str, Prompt], found: Seq
         except PromptTooLong:
             fitting.left_out.add(prompt.id)
             continue
+        if cut and not fitting.cuts:
+            fitting.left_out.add(prompt.id)
+            continue
         if cut:
             fitting.cut.add(prompt.id)
         response = text.response_ids(answer.text, config.data.max_response_tokens, answer.truncated)
@@ -188,6 +191,7 @@ def _fingerprint(config: Config, folder: Path, answered: dict[str, list[Answer]]
         if (folder / name).is_file():
             tokenizer.update(name.encode() + (folder / name).read_bytes())
     texts = hashlib.sha256(repr(answered).encode())
+    cleaning = config.cleaning.model_dump_json()
     lengths = f"{config.data.max_prompt_tokens}, {config.data.max_response_tokens}"
     tokenizer.update(repr(sorted(config.student.template.items())).encode())
-    return {"tokenizer": tokenizer.hexdigest(), "answers": texts.hexdigest(), "lengths": lengths}
+    return {"tokenizer": tokenizer.hexdigest(), "answers": texts.hexdigest(), "lengths": lengths, "cleaning": cleaning}

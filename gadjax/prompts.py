@@ -17,8 +17,9 @@ class PromptsConfig(Section):
     """What the teacher is asked.
 
     Attributes:
-        train: a .jsonl file (.gz, .zst and .parquet are read too) with rows {"prompt": text} or {"messages": [...]} and an
-            optional "id", or `tutor:6000` for 6000 prompts that the tutor makes. Null with `teacher.backend: file`: that file's.
+        train: a .jsonl file (.gz, .zst and .parquet are read too), a folder, or a data set's name on the hub, each with an optional
+            `:split`; rows are {"prompt": text} or {"messages": [...]} with an optional "id". Or `tutor:6000` for 6000 prompts that
+            the tutor makes. Null: the prompts of `teacher.path`, or of the answers that were imported.
         validation: the same; null holds a share of the training prompts out.
         validation_share: that share.
     """
@@ -59,8 +60,10 @@ def distinct(prompts: Iterable[tuple[str, Prompt]]) -> list[Prompt]:
 
 
 def prompt_of(row: Mapping[str, object], place: str) -> Prompt:
-    """The prompt of a row {"prompt": text} or {"messages": [...]} with an optional "id"."""
+    """The prompt of a row {"prompt": text}, {"content": text or messages} or {"messages": [...]} with an optional "id"."""
     content = row.get("messages") or row.get("prompt")
+    if content is None:
+        content = row.get("content")
     if content is None:
         raise UserError(place, "has neither `prompt` nor `messages`", 'write {"prompt": "..."}')
     return make_prompt(content, row.get("id"), place)

@@ -1,38 +1,99 @@
-"""The rows of the files that users bring: .jsonl, .jsonl.gz, .jsonl.zst and .parquet."""
+"""The rows of what users bring: .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders of them, and data sets of the library `datasets`,
+from a folder or from the hub.
+"""
 
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from gadjax.errors import UserError
 
-KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+JSON = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+KINDS = (*JSON, ".parquet")
+ARROW = ".arrow"  # as `save_to_disk` writes it, in folders only
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+USUAL = "train"  # the split that is read where there are several and none is named
+
+Row = dict[str, Any]
 
 
-def read_rows(path: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place of each row of a file (`data.jsonl, line 3`), and the row.
+def read_rows(source: str, where: str) -> Iterator[tuple[str, Row]]:
+    """Yields the place of each row (`data.jsonl, line 3`), and the row.
 
     Args:
-        path: ends with one of KINDS.
-        where: the config field that names the file.
+        source: a file of one of KINDS; or a folder of such files, or one that `save_to_disk` of `datasets` wrote, or a data set's
+            name on the hub, each with an optional `:split`. Without one, `train` is read, or all where there is no `train`.
+        where: the config field that names it.
 
     Raises:
         UserError: the file is absent, of another kind, or broken; names the line.
     """
-    if not path.endswith(KINDS):
-        raise UserError(where, f"{path} is none of {', '.join(KINDS)}", "name a file of one of these kinds")
-    if not Path(path).is_file():
-        raise UserError(where, f"there is no file {path}", "correct the path, which is relative to where gadjax is started")
-    return _parquet_rows(path) if path.endswith(".parquet") else _json_rows(path)
+    if source.endswith(KINDS):
+        if Path(source).is_dir():
+            return _folder_rows(Path(source), None, where)
+        if not Path(source).is_file():
+            raise UserError(where, f"there is no file {source}", "correct the path, which is relative to where gadjax is started")
+        return _file_rows(source)
+    name, _, split = source.partition(":")
+    if Path(name).expanduser().is_dir():
+        return _folder_rows(Path(name).expanduser(), split or None, where)
+    if Path(name).exists() or not HUB_NAME.fullmatch(name):
+        raise UserError(where, f"{source} is none of {', '.join(KINDS)}", "name a file of one of these kinds, a folder or a data set")
+    return _folder_rows(_fetched(name, where), split or None, where)
 
 
-def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _fetched(name: str, where: str) -> Path:
+    """A data set of the hub, its files of known kinds only: no code of it is fetched, let alone run."""
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=[f"*{kind}" for kind in KINDS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        what = f"{name} is neither a file nor a folder nor a data set that the hub gives ({type(error).__name__})"
+        raise UserError(where, what, "correct the name") from error
+
+
+def _folder_rows(folder: Path, split: str | None, where: str) -> Iterator[tuple[str, Row]]:
+    # `datasets` keeps results of its own in cache-*.arrow; hidden folders are the hub's.
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.name.endswith((*KINDS, ARROW)) and not path.name.startswith("cache-") and not _hidden(path.relative_to(folder))
+    )
+    if split is None:
+        chosen = [path for path in files if _is_of(path.relative_to(folder), USUAL)] or files
+    else:
+        chosen = [path for path in files if _is_of(path.relative_to(folder), split)]
+    if not chosen:
+        what = f"{folder} holds no file of {', '.join(KINDS)}" + (f" of a split {split!r}" if split else "")
+        raise UserError(where, what, "name a folder that has one, or another split" if split else "name a folder that has one")
+    return (row for path in chosen for row in _file_rows(str(path)))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_of(path: Path, split: str) -> bool:
+    """Whether a file's name, or that of a folder it lies in, tells that it is of a split: train-00000-of-00002.parquet, test/data.jsonl."""
+    return any(split in re.split(r"[-_.]", part) for part in path.parts)
+
+
+def _file_rows(path: str) -> Iterator[tuple[str, Row]]:
+    if path.endswith(JSON):
+        return _json_rows(path)
+    return _table_rows(path, _parquet_batches if path.endswith(".parquet") else _arrow_batches)
+
+
+def _json_rows(path: str) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with _open(path) as lines:
@@ -51,7 +112,7 @@ def _open(path: str) -> TextIO:
     return io.TextIOWrapper(stream, encoding="utf-8-sig")
 
 
-def _json_row(line: str, place: str) -> dict[str, Any]:
+def _json_row(line: str, place: str) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -61,13 +122,24 @@ def _json_row(line: str, place: str) -> dict[str, Any]:
     return row
 
 
-def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table_rows(path: str, batches: Callable[[str], Iterator[Sequence[Row]]]) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
+        for batch in batches(path):
+            for row in batch:
+                number += 1
+                yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(path, f"cannot be read after row {number} ({error})", "check that the file is whole") from error
+
+
+def _parquet_batches(path: str) -> Iterator[Sequence[Row]]:
+    with pyarrow.parquet.ParquetFile(path) as table:
+        for batch in table.iter_batches(1024):
+            yield batch.to_pylist()
+
+
+def _arrow_batches(path: str) -> Iterator[Sequence[Row]]:
+    with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as stream:
+        for batch in stream:
+            yield batch.to_pylist()

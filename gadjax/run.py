@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gadjax.collecting import check_teacher, collect_answers
 from gadjax.errors import UserError
 from gadjax.evaluate import evaluate_stages, evaluated_stages
 from gadjax.evaluation.summary import summarise
 from gadjax.evaluation.table import print_table
 from gadjax.export import export_discriminator, export_stage
 from gadjax.files import replace_file, to_json
-from gadjax.prepare import check_devices, check_student, check_teacher, collect_answers, prepare_data, student_folder
+from gadjax.prepare import check_devices, check_student, prepare_data, student_folder
+from gadjax.report.audit import write_audit
 from gadjax.report.page import write_report
 from gadjax.runs import Clock, Run
 from gadjax.session import Session
@@ -29,12 +31,6 @@ def run(config: Path, overrides: list[str]) -> None:
         _report(opened)
         name = opened.config.evaluation.export or list(opened.config.stages)[-1]
         say(f"export: {export_stage(session, name)}")
-
-
-def collect(config: Path, overrides: list[str]) -> None:
-    """The teacher's answers; needs no student, tokenizer or device."""
-    with _begun(config, overrides, check_teacher) as (opened, _):
-        collect_answers(opened)
 
 
 def prepare(config: Path, overrides: list[str]) -> None:
@@ -116,4 +112,6 @@ def _evaluate(session: Session, clock: Clock) -> None:
 
 
 def _report(opened: Run) -> None:
-    say(f"report: {write_report(opened.folder, evaluated_stages(opened))}")
+    stages = evaluated_stages(opened)
+    write_audit(opened.folder, stages)
+    say(f"report: {write_report(opened.folder, stages)}")

@@ -7,6 +7,8 @@ With `run.bucket` the checkpoints lie in the bucket instead, and it holds a copy
 """
 
 import fcntl
+import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from gadjax.terminal import say
 _MAY_CHANGE = (
     *("run.folder", "run.name", "mesh", "rollout", "student.rematerialise", "evaluation.metrics", "evaluation.stages", "evaluation.export"),
     *(f"teacher.{name}" for name in ("base_url", "api_key_env", "concurrency", "max_cost", "price", "timeout", "tries", "retry_wait")),
+    *("teacher.requests_per_minute", "teacher.tokens_per_minute", "teacher.batch"),
 )
 
 CONFIG = "config.yaml"
@@ -69,7 +72,7 @@ class Clock:
             self._keep()
 
     def _keep(self) -> None:
-        with suppress(OSError):  # a full disk is told by what matters more
+        with suppress(OSError), _alone_in(self._file.parent):  # a full disk is told by what matters more
             replace_file(self._file, f"{self.seconds:.1f}\n")
 
 
@@ -116,24 +119,26 @@ class Run:
             self._mirror.push()
 
     @contextmanager
-    def begin(self) -> Iterator[Clock]:
-        """Makes the folder, where there is none, writes the config into it, and keeps it for this process alone.
+    def begin(self, alone: bool = True) -> Iterator[Clock]:
+        """Makes the folder, where there is none, writes the config into it, and keeps it for this process alone, or for collectors only.
 
         Raises:
             UserError: the folder cannot be written to, another process is using it, or did so with another config since `open`.
         """
         with _told_of(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with self.locked():
+        with self.locked(alone):
             self._check_unchanged()
-            with _told_of(self.folder):
+            with _told_of(self.folder), _alone_in(self.folder):
                 replace_file(self.folder / CONFIG, dump_config(self.config))
             with Clock(self.folder / CLOCK).running() as clock:
                 yield clock
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, alone: bool = True) -> Iterator[None]:
         """Keeps other processes from writing into the folder; the system ends it with the process, however that ends.
+
+        Several that do not need to be alone, which write into the teacher's cache only, may be there together.
 
         Raises:
             UserError: another process keeps it, or the folder cannot be written to.
@@ -141,13 +146,13 @@ class Run:
         with ExitStack() as stack:
             with _told_of(self.folder):
                 lock = stack.enter_context((self.folder / LOCK).open("a"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             yield
 
     @cached_property
     def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """The training prompts and those held out."""
-        return load_prompts(self.config.prompts, self.config.teacher, self.config.run.seed)
+        return load_prompts(self.config.prompts, self.config.teacher, self.config.run.seed, self.cache)
 
     @property
     def cache(self) -> Path:
@@ -194,7 +199,8 @@ class Run:
         for field, old, new in _differences("", before, yaml.safe_load(dump_config(self.config))):
             section, _, rest = field.partition(".")
             waits = section == "stages" and not self.begun(rest.split(".")[0])
-            if not waits and not any(f"{field}.".startswith(f"{free}.") for free in _MAY_CHANGE):
+            known = re.sub(r"^teachers\.[^.]+\.", "teacher.", field)
+            if not waits and not any(f"{known}.".startswith(f"{free}.") for free in _MAY_CHANGE):
                 what = f"was made with {field} = {old!r}, the config says {new!r}"
                 raise UserError(str(self.folder), what, "undo the change or choose another run.name")
 
@@ -208,6 +214,17 @@ def _told_of(folder: Path) -> Iterator[None]:
         raise UserError(str(folder), "another gadjax process is using it", "wait until it has ended, or choose another run.name") from error
     except OSError as error:
         raise UserError("run.folder", f"{folder} cannot be written to ({error.strerror})", "choose another folder") from error
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """For a moment: of several processes one after the other."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _differences(field: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:

@@ -20,6 +20,8 @@ Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
 class Desk(ThreadingHTTPServer):
     """An endpoint whose every reply is made by a function of the prompt's text and of how often it was asked before."""
 
+    request_queue_size = 256  # a connection that finds no place is reset, and its request counts as lost
+
     def __init__(self, reply: Callable[[str, int], Reply]):
         super().__init__(("127.0.0.1", 0), Clerk)
         self.reply, self.asked, self.bodies, self.headers = reply, Counter[str](), list[dict[str, Any]](), list[Any]()
@@ -36,7 +38,7 @@ class Clerk(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text, desk = body["messages"][-1]["content"], self.server
+        text, desk = body["messages"][-1]["content"] if "messages" in body else "", self.server
         desk.bodies.append(body)
         desk.headers.append(self.headers)
         before = desk.asked[text]

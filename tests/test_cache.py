@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gadjax.errors import UserError
-from gadjax.teachers.cache import Outcome, Request, TeacherCache
+from gadjax.teachers.cache import ANSWERS, TeacherCache
 from gadjax.teachers.config import TeacherConfig
+from gadjax.teachers.requests import Outcome, Request
 
 OK = Outcome("ok", "text \x00 é", "stop", 3, 5, 0.25, "model-1")
 
@@ -29,6 +30,11 @@ def request(text: str, sample: int = 0) -> Request:
 
 REQUESTS = [request(str(number)) for number in range(5)]
 KEYS = [request.key for request in REQUESTS]
+
+
+def lease(cache: TeacherCache, keys: list[str]) -> tuple[set[str], set[str]]:
+    """The keys that were taken, and those that another holds."""
+    return cache.lease(dict.fromkeys(keys, 0.0))[:2]
 
 
 @pytest.fixture
@@ -72,8 +78,8 @@ def test_the_provider_tells_hosts_apart_and_no_ports_or_secrets() -> None:
 def test_the_life_of_a_row(path: Path) -> None:
     with TeacherCache(path) as cache:
         cache.add(REQUESTS)
-        assert cache.lease(KEYS[:3]) == (set(KEYS[:3]), set())
-        assert cache.lease(KEYS[:3]) == (set(), set())  # it is ours already
+        assert lease(cache, KEYS[:3]) == (set(KEYS[:3]), set())
+        assert lease(cache, KEYS[:3]) == (set(), set())  # it is ours already
         cache.record([(REQUESTS[0], OK), (REQUESTS[1], Outcome("refused", "no", error="will not"))])
         cache.record([(REQUESTS[2], Outcome("failed", error="status 500"))])
     with TeacherCache(path) as cache:
@@ -86,7 +92,7 @@ def test_the_life_of_a_row(path: Path) -> None:
         assert cache.tally(KEYS) == [("failed", "", 1, 0.0), ("ok", "stop", 1, 0.25), ("pending", "", 2, 0.0), ("refused", "", 1, 0.0)]
         assert cache.cost() == 0.25
         cache.add(REQUESTS)  # a later run
-        assert cache.lease(KEYS) == (set(KEYS[2:]), set())
+        assert lease(cache, KEYS) == (set(KEYS[2:]), set())
 
 
 def test_an_answer_stays_what_it_is_unless_it_is_replaced(path: Path) -> None:
@@ -103,29 +109,73 @@ def test_two_collectors_share_the_rows(path: Path) -> None:
     with TeacherCache(path) as one, TeacherCache(path) as two:
         one.add(REQUESTS)
         two.add(REQUESTS)
-        assert one.lease(KEYS[:2]) == (set(KEYS[:2]), set())
-        assert two.lease(KEYS) == (set(KEYS[2:]), set(KEYS[:2]))
+        assert lease(one, KEYS[:2]) == (set(KEYS[:2]), set())
+        assert lease(two, KEYS) == (set(KEYS[2:]), set(KEYS[:2]))
         one.release()
-        assert two.lease(KEYS[:2]) == (set(KEYS[:2]), set())
-        assert one.lease(KEYS) == (set(), set(KEYS))
+        assert lease(two, KEYS[:2]) == (set(KEYS[:2]), set())
+        assert lease(one, KEYS) == (set(), set(KEYS))
 
 
 def test_a_lease_runs_out_unless_it_is_renewed(path: Path) -> None:
     with TeacherCache(path, lease_seconds=0.3) as one, TeacherCache(path) as two:
         one.add(REQUESTS)
-        one.lease(KEYS[:1])
+        lease(one, KEYS[:1])
         for _ in range(3):
             time.sleep(0.15)
             one.renew()
-        assert two.lease(KEYS[:1]) == (set(), set(KEYS[:1]))
+        assert lease(two, KEYS[:1]) == (set(), set(KEYS[:1]))
         time.sleep(0.35)
-        assert two.lease(KEYS[:1]) == (set(KEYS[:1]), set())
+        assert lease(two, KEYS[:1]) == (set(KEYS[:1]), set())
         one.renew()  # too late: it is the other's
         one.release()
-        assert one.lease(KEYS[:1]) == (set(), set(KEYS[:1]))
+        assert lease(one, KEYS[:1]) == (set(), set(KEYS[:1]))
         one.record([(REQUESTS[0], OK)])  # yet an answer that arrives is kept, once
         two.record([(REQUESTS[0], Outcome("ok", "second"))])
         assert two.outcomes(KEYS) == {KEYS[0]: OK}
+
+
+def test_what_rows_may_cost_is_set_aside_for_all(path: Path) -> None:
+    with TeacherCache(path, lease_seconds=0.3) as one, TeacherCache(path) as two:
+        one.add(REQUESTS)
+        assert one.lease(dict.fromkeys(KEYS[:3], 4.0), limit=10.0) == (set(KEYS[:2]), set(), {KEYS[2]}, 8.0)
+        assert two.lease(dict.fromkeys(KEYS, 4.0), limit=10.0) == (set(), set(KEYS[:2]), set(KEYS[2:]), 8.0)
+        assert two.lease({KEYS[2]: 0.0}, limit=1.0).taken == {KEYS[2]}  # what is free may be asked
+        one.record([(REQUESTS[0], replace(OK, cost=1.0))])
+        assert not one.reserve(KEYS[1], 9.5, limit=10.0)
+        assert one.reserve(KEYS[1], 8.5, limit=10.0)
+        assert two.lease({KEYS[3]: 1.0}, limit=10.0).dear == {KEYS[3]}
+        time.sleep(0.35)
+        assert two.lease({KEYS[3]: 9.0}, limit=10.0).taken == {KEYS[3]}  # the other's lease has run out
+
+
+def test_what_failed_tries_have_cost_stays(path: Path) -> None:
+    with TeacherCache(path) as cache:
+        for outcome in (Outcome("failed", cost=0.5), Outcome("failed", cost=0.25), replace(OK, cost=1.0), replace(OK, cost=1.0)):
+            cache.add(REQUESTS[:1])
+            cache.record([(REQUESTS[0], outcome)])
+        assert cache.cost() == 1.75
+        cache.record([(REQUESTS[0], replace(OK, cost=0.0))], replace=True)
+        assert cache.cost() == 0
+
+
+def test_a_cache_of_the_first_layout_is_taken_over(path: Path) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as db:
+        db.execute(ANSWERS.replace(",\n        reserved REAL NOT NULL DEFAULT 0", ""))
+        db.execute("INSERT INTO answers (key, request, state, text, created, updated) VALUES (?, ?, 'ok', 'old', 0, 0)", (KEYS[0], ""))
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    with TeacherCache(path, read_only=True) as cache:
+        assert cache.outcomes(KEYS)[KEYS[0]].text == "old"
+    with TeacherCache(path) as cache:
+        cache.add(REQUESTS)
+        assert lease(cache, KEYS) == (set(KEYS[1:]), set())
+        assert cache.outcomes(KEYS)[KEYS[0]].text == "old"
+
+
+def test_a_request_is_read_again_from_its_text() -> None:
+    wanted = Request("openai", "gpt", ({"role": "user", "content": "é"},), {"temperature": 0.5, "seed": 3}, 2)
+    assert Request.parse(wanted.json) == wanted
 
 
 def write_until_killed(path: Path, first: int, acknowledged: Connection) -> None:
@@ -192,7 +242,7 @@ def test_opening_and_reading_change_nothing(path: Path) -> None:
 
 def test_a_reader_sees_what_a_killed_writer_committed(path: Path) -> None:
     program = (
-        "import os, sys; from gadjax.teachers.cache import *; cache = TeacherCache(sys.argv[1]);"
+        "import os, sys; from gadjax.teachers.cache import *; from gadjax.teachers.requests import *; cache = TeacherCache(sys.argv[1]);"
         "cache.record([(Request('p', 'm', (), {}), Outcome('ok', 'kept'))]); os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", program, str(path)], check=False)

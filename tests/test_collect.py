@@ -21,9 +21,10 @@ from gadjax.prompts import PromptsConfig
 from gadjax.records import Answer, Prompt
 from gadjax.server import Completion
 from gadjax.teachers import dispatch, file, grammar
-from gadjax.teachers.cache import Outcome, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.collect import Summary, answers, collect, requests_for
 from gadjax.teachers.config import TeacherConfig
+from gadjax.teachers.requests import Outcome
 from gadjax.teachers.sources import load_prompts
 from gadjax.teachers.tutor import complete
 from tests.desk import KEY, PROMPTS, Reply, desk, good, ok
@@ -151,6 +152,36 @@ collect([Prompt.of(f"question {number}") for number in range(40)], teacher, Teac
 """
 
 
+def test_sigterm_keeps_what_is_under_way_where_ctrl_c_is_ignored(tmp_path: Path) -> None:
+    def slow(text: str, before: int) -> Reply:
+        time.sleep(0.3)
+        return ok(text)
+
+    program = f"""
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from gadjax import cli
+{COLLECTOR.replace("collect([", "cli._call = lambda *_: collect([", 1)}
+cli.main(["collect", __import__("os").devnull])
+"""
+    with desk(slow) as (server, teacher):
+        path = tmp_path / "teacher.sqlite"
+        command = [sys.executable, "-c", program, teacher.model_dump_json(), str(path)]
+        collector = subprocess.Popen(command, stderr=subprocess.PIPE)
+        while sum(server.asked.values()) < 10:
+            assert collector.poll() is None
+            time.sleep(0.01)
+        collector.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        assert collector.poll() is None
+        collector.terminate()
+        _, told = collector.communicate(timeout=20)
+        asked = sum(server.asked.values())
+    assert (collector.returncode, told.decode()) == (143, "interrupted; the same command goes on from the last checkpoint\n")
+    with TeacherCache(path, read_only=True) as cache:
+        assert len(answers(PROMPTS, teacher, cache)) == asked < len(PROMPTS)
+
+
 def test_a_killed_collector_s_rows_are_taken_again(tmp_path: Path) -> None:
     path = tmp_path / "teacher.sqlite"
 
@@ -172,7 +203,7 @@ def test_a_killed_collector_s_rows_are_taken_again(tmp_path: Path) -> None:
     assert 0 < len(kept) < len(PROMPTS)
     assert all(server.asked[text] == 1 for text in kept)
     again = [text for text, times in server.asked.items() if times == 2]
-    assert len(again) <= 3 * teacher.concurrency and max(server.asked.values()) == 2  # those under way, or not yet committed
+    assert len(again) <= teacher.concurrency and max(server.asked.values()) == 2
 
 
 def test_two_collectors_at_once_ask_everything_once(tmp_path: Path) -> None:
@@ -202,7 +233,7 @@ def test_what_another_collector_holds_is_waited_for(tmp_path: Path) -> None:
     with TeacherCache(path) as mine, TeacherCache(path) as other, desk(lambda text, before: ok(text)) as (server, teacher):
         held = requests_for(PROMPTS[0], teacher)[0]
         other.add([held])
-        other.lease([held.key])
+        other.lease({held.key: 0.0})
         timer = threading.Timer(0.3, other.record, [[(held, Outcome("ok", "the other's"))]])
         timer.start()
         progress = list[tuple[int, int]]()
@@ -217,7 +248,7 @@ def test_a_lease_is_held_as_long_as_the_answer_takes(tmp_path: Path) -> None:
     def slow(text: str, before: int) -> Reply:
         time.sleep(0.9)
         with TeacherCache(path) as other:
-            taken.append(other.lease([request.key]))
+            taken.append(other.lease({request.key: 0.0})[:2])
         return ok(text)
 
     with TeacherCache(path, lease_seconds=0.4) as cache, desk(slow) as (_, teacher):
@@ -327,11 +358,16 @@ def test_rows_of_the_same_prompt_are_samples(cache: TeacherCache, tmp_path: Path
         collect([Prompt.of("p")], teacher.model_copy(update={"samples": 4}), cache)
 
 
+def test_an_empty_answer_of_a_file_is_a_refusal(cache: TeacherCache, tmp_path: Path) -> None:
+    teacher = answer_file(tmp_path / "a.jsonl", [*ROWS[:1], {"prompt": "p", "response": " "}])
+    summary = collect([Prompt.of("p0"), Prompt.of("p")], teacher, cache)
+    assert (summary.ok, summary.refused) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("row", "what"),
     [
         ({"prompt": "p"}, "has none of prompt/response"),
-        ({"prompt": "p", "response": " "}, "the answer is empty"),
         ({"prompt": "p", "response": None}, "not a string"),
         ({"prompt": "", "response": "r"}, "the prompt is empty"),
         ({"messages": [{"role": "assistant", "content": "r"}]}, "not a list of messages"),

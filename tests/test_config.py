@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +145,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(load: Load, text: str, field:
         ("stages: {g: {epochs: 1}}", "stages.g.algorithm: must name an algorithm; use one of seqkd, warmup, gad"),
         ("stages: {g: {algorithm: [gad]}}", "stages.g.algorithm: must name an algorithm; "),
         ("stages: {g: null}", "stages.g: must be a section (it is None); "),
+        ("teachers: {mini: {modle: x}}", "teachers.mini.modle: there is no such field; did you mean `model`?"),
         ("stages: []", "stages: must be a section; "),
         ("stages: {}", "stages: there are none; "),
         (
@@ -162,6 +163,8 @@ def numbers(section: type[Section], path: tuple[str, ...] = ()) -> Iterator[tupl
     for name, field in section.model_fields.items():
         kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if isinstance(kind, type)]
         here = (*path, field.alias or name)
+        if get_origin(field.annotation) is dict:
+            here = (*here, "mini")
         if {int, float} & {*kinds}:
             yield here
         for kind in kinds:
@@ -170,7 +173,8 @@ def numbers(section: type[Section], path: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 OF_STAGES = [("stages", name, *path) for name, entry in ALGORITHMS.items() for path in numbers(entry.config)]
-NEEDED = {"teacher": {"price": {"input": 1.0, "output": 1.0}}, "stages": {name: {"algorithm": name} for name in ALGORITHMS}}
+PRICED = {"price": {"input": 1.0, "output": 1.0}}
+NEEDED = {"teacher": PRICED, "teachers": {"mini": copy.deepcopy(PRICED)}, "stages": {name: {"algorithm": name} for name in ALGORITHMS}}
 
 
 @pytest.mark.parametrize("path", [*numbers(Config), *OF_STAGES], ids=".".join)

@@ -112,7 +112,7 @@ def test_a_process_of_its_own_says_nothing_else():
     [
         (["prompts.train=missing.jsonl"], "prompts.train: there is no file missing.jsonl; correct the path"),
         (["prompts.train=prompts.txt"], "prompts.train: prompts.txt is none of .jsonl, "),
-        (["prompts.train="], "prompts.train: is not given; name a .jsonl file, or tutor:6000 "),
+        (["prompts.train="], "prompts.train: is not given; name a .jsonl file, tutor:6000 "),
         (["prompts.train=broken.jsonl"], "broken.jsonl, line 3: is not JSON ("),
         (["prompts.train=blank.jsonl"], "blank.jsonl, line 2: the prompt is empty; give the last user message a text or leave"),
         (["prompts.validation=blank.jsonl"], "blank.jsonl, line 2: the prompt is empty; "),

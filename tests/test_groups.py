@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gadjax import prepare
+from gadjax import collecting, prepare
+from gadjax.collecting import collect_answers
 from gadjax.data.packing import RowShape, pack
 from gadjax.data.pipeline import batches
 from gadjax.data.snapshot import Example, Snapshot
 from gadjax.evaluation.answers import read_answers
 from gadjax.metrics import read
 from gadjax.models.fresh import CONTROL
-from gadjax.prepare import collect_answers, prepare_data
+from gadjax.prepare import prepare_data
 from gadjax.runs import Run
 from gadjax.text import Text
 from tests import tiny
@@ -77,7 +78,8 @@ def test_evaluation_counts_prompts_and_compares_with_every_answer(twice: Path):
 def test_groups_are_made_of_the_answers_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every prompt is asked for two answers: to one of four none is given, to another only one."""
     said = list[str]()
-    monkeypatch.setattr(prepare, "say", said.append)
+    for module in (collecting, prepare):
+        monkeypatch.setattr(module, "say", said.append)
     monkeypatch.setenv("TEST_KEY", "k")
     monkeypatch.chdir(tmp_path)
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from gadjax import prepare
+from gadjax.collecting import collect_answers
 from gadjax.data.snapshot import Snapshot
 from gadjax.errors import UserError
 from gadjax.models.fresh import FreshConfig, write_fresh
-from gadjax.prepare import check_student, collect_answers, prepare_data
+from gadjax.prepare import check_student, prepare_data
 from gadjax.runs import Run
 from gadjax.teachers.collect import answers
 from tests import tiny
@@ -55,7 +56,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path: Path, monk
 
 
 def test_prompts_that_are_cut_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
-    rows = [{"prompt": "word " * 40 + str(number), "response": "yes"} for number in range(4)]
+    rows = [{"prompt": f"word{number} " * 40, "response": "yes"} for number in range(4)]
     run = run_of(tmp_path, monkeypatch, [*SHORT, *rows])
     prepare_data(run)
     assert said[0] == "prepare: 4 prompts lose the end of their last text (data.max_prompt_tokens is 40)"

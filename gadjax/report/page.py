@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from gadjax.errors import UserError
@@ -14,9 +13,7 @@ from gadjax.metrics import read
 from gadjax.report.answers import Answers, examples, read_answers, styles
 from gadjax.report.charts import COLOURS
 from gadjax.report.curves import MEANINGS, stage_charts, validation_charts
-
-HERE = Path(__file__).parent
-TEMPLATES = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+from gadjax.report.templates import STYLE, TEMPLATES
 
 
 def write_report(run: Path, stages: Sequence[str]) -> Path:
@@ -44,7 +41,8 @@ def write_report(run: Path, stages: Sequence[str]) -> Path:
     training = [{"name": stage, "steps": int(found[-1]["step"]), "charts": stage_charts(found)} for stage, found in rows.items()]
     page = TEMPLATES.get_template("page.html").render(
         name=run.resolve().name,
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        style=Markup(STYLE),
+        data=(run / "report" / "data.html").exists(),
         facts=_facts(summary, list(rows)),
         table=_table(summary) if summary else None,
         styles=styles(answers, colours),

@@ -8,81 +8,65 @@ A row that is `ok` or `refused` stays what it is. Every method is one transactio
 returns (write-ahead log, `synchronous=FULL`): a process may be killed at any point, and several may collect at once.
 """
 
-import hashlib
 import json
+import math
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
-from functools import cached_property
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import NamedTuple, Self
 
 from gadjax.errors import UserError
 from gadjax.records import Message
+from gadjax.teachers.requests import COLUMNS, Outcome, Request
 
-VERSION = 1
+LAYOUT = 2  # of the file; 1 had no reservations and batches
 BUSY_SECONDS = 60.0  # how long a writer waits for another process's transaction
 
 
-@dataclass(frozen=True)
-class Request:
-    """One answer that is wanted of a teacher.
+class Lease(NamedTuple):
+    """What became of the rows that somebody wants to ask for.
 
     Attributes:
-        provider: who answers; never holds a key or a port.
-        model: the model's name there.
-        messages: the conversation.
-        parameters: every sampling parameter (`temperature`, `max_tokens`, ...).
-        sample: 0 for the first answer to the messages, 1 for the second, ...
+        taken: keys that are now theirs to ask for.
+        held: keys that somebody else holds.
+        dear: keys of free rows for which the money is too short.
+        reserved: US dollars that all rows under way may cost, whoever holds them.
+    """
+
+    taken: set[str]
+    held: set[str]
+    dear: set[str]
+    reserved: float
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a cache holds of one teacher.
+
+    Attributes:
+        provider, model: the teacher, as the keys say it.
+        states: the number of rows in each state.
+        truncated: answers that the length limit cut off.
+        cost: US dollars.
+        replied: the models' names as replied, and how often, the most frequent first.
+        errors: why rows were refused or failed, and how often, the most frequent first.
     """
 
     provider: str
     model: str
-    messages: tuple[Message, ...]
-    parameters: Mapping[str, float | int]
-    sample: int = 0
-
-    @cached_property
-    def json(self) -> str:
-        """The request as canonical JSON: equal requests have equal texts."""
-        content = {**{field.name: getattr(self, field.name) for field in fields(self)}, "version": VERSION}
-        return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-    @cached_property
-    def key(self) -> str:
-        """The SHA-256 of the canonical JSON: the row's primary key."""
-        return hashlib.sha256(self.json.encode()).hexdigest()
+    states: Mapping[str, int]
+    truncated: int
+    cost: float
+    replied: Sequence[tuple[str, int]]
+    errors: Sequence[tuple[str, int]]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a request.
-
-    Attributes:
-        state: `ok`, `refused` (the teacher would not answer, which is data too) or `failed` (there was no usable reply).
-        text: the answer, or the words of the refusal.
-        finish_reason: as replied; `length` marks an answer that the length limit cut off.
-        prompt_tokens, completion_tokens: as replied.
-        cost: US dollars.
-        model: the model's name as replied.
-        error: why it failed or was refused.
-    """
-
-    state: Literal["ok", "refused", "failed"]
-    text: str = ""
-    finish_reason: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
-    model: str = ""
-    error: str = ""
-
-
-COLUMNS = tuple(field.name for field in fields(Outcome))
-SCHEMA = """
+ANSWERS = """
     CREATE TABLE IF NOT EXISTS answers (
         key TEXT PRIMARY KEY,
         request TEXT NOT NULL,
@@ -97,9 +81,21 @@ SCHEMA = """
         owner TEXT,
         leased_until REAL,
         created REAL NOT NULL,
-        updated REAL NOT NULL
+        updated REAL NOT NULL,
+        reserved REAL NOT NULL DEFAULT 0
     ) STRICT
 """
+BATCHES = """
+    CREATE TABLE IF NOT EXISTS batches (
+        token TEXT PRIMARY KEY,
+        provider TEXT NOT NULL,
+        batch TEXT NOT NULL DEFAULT '',
+        created REAL NOT NULL
+    ) STRICT
+"""
+RESERVED = "ALTER TABLE answers ADD COLUMN reserved REAL NOT NULL DEFAULT 0"
+# Sums of money are made from it alone: the table has all the texts.
+MONEY = "CREATE INDEX IF NOT EXISTS money ON answers (state, cost, reserved, leased_until)"
 
 
 class TeacherCache:
@@ -134,22 +130,24 @@ class TeacherCache:
     def _prepare(self) -> None:
         if self._read_only:
             self._db.execute("PRAGMA query_only = ON")
-            self._check_version(VERSION)
+            self._check_version(*range(1, LAYOUT + 1))
             return
         mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if mode != "wal":
             raise UserError(str(self.path), "its file system allows no write-ahead log", "put the run's folder on a local disk")
         self._db.execute("PRAGMA synchronous = FULL")
-        if self._check_version(0, VERSION) == VERSION:
+        if self._check_version(*range(LAYOUT + 1)) == LAYOUT:
             return  # nothing is written by opening
         with self._transaction():
-            self._db.execute(SCHEMA)
-            self._db.execute(f"PRAGMA user_version = {VERSION}")
+            version = self._check_version(*range(LAYOUT + 1))  # another process may have been first
+            for statement in {0: (ANSWERS, MONEY, BATCHES), 1: (RESERVED, MONEY, BATCHES)}.get(version, ()):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {LAYOUT}")
 
     def _check_version(self, *allowed: int) -> int:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version not in allowed:
-            raise UserError(str(self.path), f"is a cache of version {version}, not {VERSION}", "use the gadjax that made it")
+            raise UserError(str(self.path), f"is a cache of version {version}, not {LAYOUT}", "use the gadjax that made it")
         return version
 
     def __enter__(self) -> Self:
@@ -183,23 +181,56 @@ class TeacherCache:
         with self._transaction():
             self._db.executemany(statement, rows)
 
-    def lease(self, keys: Iterable[str]) -> tuple[set[str], set[str]]:
-        """Takes the rows of `keys` that are pending, or whose lease has run out.
+    def lease(self, costs: Mapping[str, float], limit: float = math.inf, owner: str = "", seconds: float = 0.0) -> Lease:
+        """Takes rows that are pending, or whose lease has run out, as far as the money reaches.
 
-        Returns:
-            The keys that are now ours to ask for, and those that somebody else holds.
+        What the rows may cost is set aside until they have their outcome, for all who use the cache: what is spent and set
+        aside together never exceeds the limit.
+
+        Args:
+            costs: the most that asking for a row may cost, in US dollars, by its key.
+            limit: US dollars that all answers of the cache may cost together.
+            owner: who holds the rows; by default this opened cache.
+            seconds: for how long; by default `lease_seconds`.
         """
-        now, wanted = time.time(), json.dumps(list(keys))
-        take = """
-            UPDATE answers SET state = 'leased', owner = ?, leased_until = ?, updated = ?
-            WHERE key IN (SELECT value FROM json_each(?)) AND (state = 'pending' OR (state = 'leased' AND leased_until < ?))
-            RETURNING key
+        now, wanted, ours = time.time(), json.dumps(list(costs)), owner or self._owner
+        look = """
+            SELECT key, state = 'pending' OR leased_until < ?, owner FROM answers
+            WHERE key IN (SELECT value FROM json_each(?)) AND state IN ('pending', 'leased')
         """
-        look = "SELECT key FROM answers WHERE key IN (SELECT value FROM json_each(?)) AND state = 'leased' AND owner != ?"
+        take = "UPDATE answers SET state = 'leased', owner = ?, leased_until = ?, reserved = ?, updated = ? WHERE key = ?"
         with self._transaction():
-            taken = {key for (key,) in self._db.execute(take, (self._owner, now + self.lease_seconds, now, wanted, now))}
-            held = {key for (key,) in self._db.execute(look, (wanted, self._owner))}
-        return taken, held
+            found = {key: (free, holder) for key, free, holder in self._db.execute(look, (now, wanted))}
+            spent, reserved = self._money(now)
+            taken, dear = set[str](), set[str]()
+            for key in (key for key in costs if key in found and found[key][0]):
+                if costs[key] and spent + reserved + costs[key] > limit:
+                    dear.add(key)
+                else:
+                    taken.add(key)
+                    reserved += costs[key]
+            until = now + (seconds or self.lease_seconds)
+            self._db.executemany(take, ((ours, until, costs[key], now, key) for key in taken))
+        held = {key for key, (free, holder) in found.items() if not free and holder != ours}
+        return Lease(taken, held, dear, reserved)
+
+    def reserve(self, key: str, cost: float, limit: float) -> bool:
+        """Sets aside `cost` in all for a row that is leased to us. False: the limit does not allow it, and nothing is changed."""
+        with self._transaction():
+            spent, reserved = self._money(time.time())
+            before = self._db.execute("SELECT reserved FROM answers WHERE key = ?", (key,)).fetchone()[0]
+            if cost > before and spent + reserved - before + cost > limit:
+                return False
+            self._db.execute("UPDATE answers SET reserved = ? WHERE key = ?", (cost, key))
+        return True
+
+    def _money(self, now: float) -> tuple[float, float]:
+        """US dollars that are spent, and that are set aside for what is under way."""
+        statement = """
+            SELECT coalesce(sum(cost), 0.0), coalesce(sum(reserved) FILTER (WHERE state = 'leased' AND leased_until >= ?), 0.0)
+            FROM answers
+        """
+        return self._db.execute(statement, (now,)).fetchone()
 
     def renew(self) -> None:
         """Holds on to what is leased for another `lease_seconds`."""
@@ -214,18 +245,47 @@ class TeacherCache:
             self._db.execute("UPDATE answers SET state = 'pending' WHERE state = 'leased' AND owner = ?", (self._owner,))
 
     def record(self, outcomes: Iterable[tuple[Request, Outcome]], replace: bool = False) -> None:
-        """Keeps outcomes. A row that is `ok` or `refused` already keeps what it has, unless `replace` is set."""
+        """Keeps outcomes. A row that is `ok` or `refused` already keeps what it has, unless `replace` is set.
+
+        What failed tries of a row have cost is kept with it.
+        """
         now = time.time()
         rows = [(request.key, request.json, now, now, *astuple(outcome)) for request, outcome in outcomes]
         places = ", ".join("?" * (4 + len(COLUMNS)))
-        news = ", ".join(f"{name} = excluded.{name}" for name in ("updated", *COLUMNS))
+        news = ", ".join(f"{name} = excluded.{name}" for name in ("updated", *COLUMNS) if name != "cost")
+        cost = "excluded.cost" if replace else "answers.cost + excluded.cost"
         guard = "" if replace else "WHERE state NOT IN ('ok', 'refused')"
         statement = f"""
             INSERT INTO answers (key, request, created, updated, {", ".join(COLUMNS)}) VALUES ({places})
-            ON CONFLICT (key) DO UPDATE SET {news}, owner = NULL, leased_until = NULL {guard}
+            ON CONFLICT (key) DO UPDATE SET {news}, cost = {cost}, owner = NULL, leased_until = NULL {guard}
         """
         with self._transaction():
             self._db.executemany(statement, rows)
+
+    def begin_batch(self, token: str, provider: str) -> None:
+        """Writes down that a batch is about to be made; its rows are leased to the token."""
+        with self._transaction():
+            self._db.execute("INSERT INTO batches (token, provider, created) VALUES (?, ?, ?)", (token, provider, time.time()))
+
+    def name_batch(self, token: str, batch: str) -> None:
+        """Writes down what the endpoint calls the batch."""
+        with self._transaction():
+            self._db.execute("UPDATE batches SET batch = ? WHERE token = ?", (batch, token))
+
+    def open_batches(self, provider: str) -> list[tuple[str, str]]:
+        """The tokens of the batches that are under way, and their names; a name is empty where it is not known that one was made."""
+        return self._db.execute("SELECT token, batch FROM batches WHERE provider = ? ORDER BY created", (provider,)).fetchall()
+
+    def in_batch(self, token: str) -> dict[str, Request]:
+        """The requests of a batch that have no outcome yet, by their key."""
+        statement = "SELECT key, request FROM answers WHERE state = 'leased' AND owner = ?"
+        return {key: Request.parse(request) for key, request in self._db.execute(statement, (token,))}
+
+    def end_batch(self, token: str) -> None:
+        """Forgets a batch; its requests without an outcome are pending again."""
+        with self._transaction():
+            self._db.execute("UPDATE answers SET state = 'pending' WHERE state = 'leased' AND owner = ?", (token,))
+            self._db.execute("DELETE FROM batches WHERE token = ?", (token,))
 
     def outcomes(self, keys: Iterable[str]) -> dict[str, Outcome]:
         """The outcomes of those keys that have one."""
@@ -248,6 +308,46 @@ class TeacherCache:
         """
         return self._db.execute(statement, (json.dumps(list(keys)),)).fetchall()
 
+    def replies(self, keys: Iterable[str], count: int) -> list[tuple[Request, Outcome]]:
+        """Up to `count` requests among `keys` that the teacher has replied to, with their outcomes; drawn by lot, always the same."""
+        statement = f"""
+            SELECT request, {", ".join(COLUMNS)} FROM answers
+            WHERE key IN (SELECT value FROM json_each(?)) AND state IN ('ok', 'refused') AND prompt_tokens > 0 ORDER BY key LIMIT ?
+        """
+        rows = self._db.execute(statement, (json.dumps(list(keys)), count))
+        return [(Request.parse(request), Outcome(*values)) for request, *values in rows]
+
+    def conversations(self, provider: str, model: str) -> list[tuple[Message, ...]]:
+        """What a teacher was asked, or was said to have been asked, each conversation once, in the order in which they came."""
+        statement = """
+            SELECT DISTINCT json_extract(request, '$.messages') FROM answers
+            WHERE json_extract(request, '$.provider') = ? AND json_extract(request, '$.model') = ? ORDER BY rowid
+        """
+        return [tuple(json.loads(messages)) for (messages,) in self._db.execute(statement, (provider, model))]
+
+    def overview(self, shown: int = 8) -> list[Overview]:
+        """What there is of each teacher; of names and errors the `shown` most frequent ones."""
+        teacher = "json_extract(request, '$.provider') AS provider, json_extract(request, '$.model') AS asked"
+        statement = f"""
+            SELECT {teacher}, state, model, error, finish_reason = 'length', count(*), sum(cost) FROM answers
+            GROUP BY provider, asked, state, model, error, finish_reason = 'length' ORDER BY provider, asked
+        """
+        found = dict[tuple[str, str], list[tuple[str, str, str, int, int, float]]]()
+        for provider, asked, *row in self._db.execute(statement):
+            found.setdefault((provider, asked), []).append(tuple(row))
+        return [_overview(*teacher, rows, shown) for teacher, rows in found.items()]
+
     def cost(self) -> float:
         """US dollars that all answers of the cache have cost."""
         return self._db.execute("SELECT coalesce(sum(cost), 0.0) FROM answers").fetchone()[0]
+
+
+def _overview(provider: str, asked: str, rows: Sequence[tuple[str, str, str, int, int, float]], shown: int) -> Overview:
+    states, models, errors = Counter[str](), Counter[str](), Counter[str]()
+    for state, model, error, _, count, _ in rows:
+        states[state] += count
+        models[model] += count * bool(model)
+        errors[error] += count * bool(error)
+    truncated = sum(count for state, _, _, cut, count, _ in rows if cut and state == "ok")
+    replied, reasons = ([each for each in counts.most_common(shown) if each[1]] for counts in (models, errors))
+    return Overview(provider, asked, states, truncated, sum(row[-1] for row in rows), replied, reasons)

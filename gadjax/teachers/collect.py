@@ -11,16 +11,29 @@ from dataclasses import dataclass
 
 from gadjax.errors import UserError
 from gadjax.records import Answer, Prompt
-from gadjax.teachers.cache import Request, TeacherCache
+from gadjax.teachers.batch import collect_in_batches
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.dispatch import OnProgress
 from gadjax.teachers.file import collect_from_file
 from gadjax.teachers.openai import collect_from_endpoint
+from gadjax.teachers.requests import Request
 from gadjax.teachers.tutor import collect_from_tutor
+
+
+def collect_from_openai(requests: Sequence[Request], config: TeacherConfig, cache: TeacherCache, on_progress: OnProgress) -> None:
+    """At once, or in batches."""
+    if config.batch is not None:
+        collect_in_batches(requests, config, cache, on_progress)
+    elif cache.open_batches(config.provider):
+        raise UserError("teacher.batch", "is left out while answers are under way in a batch", "write `batch: {}` until they are read")
+    else:
+        collect_from_endpoint(requests, config, cache, on_progress)
+
 
 # Brings every request to an outcome in the cache, asking for nothing that has an answer or a refusal there.
 Backend = Callable[[Sequence[Request], TeacherConfig, TeacherCache, OnProgress], None]
-BACKENDS: dict[str, Backend] = {"openai": collect_from_endpoint, "tutor": collect_from_tutor, "file": collect_from_file}
+BACKENDS: dict[str, Backend] = {"openai": collect_from_openai, "tutor": collect_from_tutor, "file": collect_from_file}
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,11 @@ class Summary:
 
 
 def collect(
-    prompts: Iterable[Prompt], config: TeacherConfig, cache: TeacherCache, on_progress: OnProgress = lambda done, total: None
+    prompts: Iterable[Prompt],
+    config: TeacherConfig,
+    cache: TeacherCache,
+    on_progress: OnProgress = lambda done, total: None,
+    limit: int | None = None,
 ) -> Summary:
     """Brings the teacher's answers to all prompts into the cache; what is there already is not asked again.
 
@@ -55,11 +72,14 @@ def collect(
         config: whom to ask, and how.
         cache: where the answers go.
         on_progress: called with the number of answers that are committed and of those that are wanted.
+        limit: only so many of all requests, drawn by lot; the same ones every time.
 
     Raises:
         UserError: the teacher cannot be asked, answers nothing, or may cost more than allowed. What was collected is kept.
     """
-    requests = list({request.key: request for prompt in prompts for request in requests_for(prompt, config)}.values())
+    requests = all_requests(prompts, config)
+    if limit is not None:
+        requests = sorted(requests, key=lambda request: request.key)[:limit]  # keys are hashes
     BACKENDS[config.backend](requests, config, cache, on_progress)
     summary = summarize(requests, cache)
     if requests and not summary.ok:
@@ -77,6 +97,11 @@ def summarize(requests: Sequence[Request], cache: TeacherCache) -> Summary:
     return Summary(wanted=len(requests), **counts, truncated=truncated, cost=sum(cost for *_, cost in tally))
 
 
+def all_requests(prompts: Iterable[Prompt], config: TeacherConfig) -> list[Request]:
+    """Everything that is wanted of a teacher, each once."""
+    return list({request.key: request for prompt in prompts for request in requests_for(prompt, config)}.values())
+
+
 def answers(prompts: Sequence[Prompt], config: TeacherConfig, cache: TeacherCache) -> list[Answer]:
     """The teacher's answers to the prompts, in their order, up to `config.samples` to each; refusals and failures are left out."""
     wanted = [(prompt, request.key) for prompt in prompts for request in requests_for(prompt, config)]
@@ -87,13 +112,12 @@ def answers(prompts: Sequence[Prompt], config: TeacherConfig, cache: TeacherCach
 
 def requests_for(prompt: Prompt, config: TeacherConfig) -> list[Request]:
     """The requests for all samples of a prompt, as the cache keys them."""
-    return [
-        Request(config.provider, _model(config), prompt.messages, _parameters(config, sample), sample) for sample in range(config.samples)
-    ]
+    return [request_for(prompt, config, sample) for sample in range(config.samples)]
 
 
-def _model(config: TeacherConfig) -> str:
-    return config.model if config.backend == "openai" else config.backend
+def request_for(prompt: Prompt, config: TeacherConfig, sample: int) -> Request:
+    """The request for one answer to a prompt."""
+    return Request(config.provider, config.asked_model, prompt.messages, _parameters(config, sample), sample)
 
 
 def _parameters(config: TeacherConfig, sample: int) -> dict[str, float | int]:

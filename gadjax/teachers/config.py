@@ -38,6 +38,18 @@ PRICES = {
 }
 
 
+class BatchConfig(Section):
+    """The Batch API: answers within a day, for half the price.
+
+    Attributes:
+        requests: in one batch, at most.
+        poll_seconds: between looks at a batch.
+    """
+
+    requests: int = Field(default=10_000, ge=1, le=50_000)
+    poll_seconds: float = Field(default=60.0, gt=0)
+
+
 class TeacherConfig(Section):
     """The teacher.
 
@@ -50,12 +62,16 @@ class TeacherConfig(Section):
         max_tokens: the longest answer; one that reaches it is marked as truncated.
         samples: answers to each prompt.
         concurrency: requests under way at once.
-        max_cost: US dollars that all answers of the cache may cost together.
+        requests_per_minute: at most so many are sent by each collecting process; null is as many as the endpoint takes.
+        tokens_per_minute: the same of tokens, prompts and answers together.
+        max_cost: US dollars that all answers of the cache may cost together, whoever collects them; what a reply that was lost may
+            have cost counts.
         price: US dollars per million tokens, for a model that the built-in table lacks.
+        batch: `{}` asks through the Batch API, at half the price; null asks at once.
         timeout: seconds for one request, from connecting to the last byte.
         tries: times that a request is sent before its answer counts as failed.
         retry_wait: seconds before the second try; the wait doubles from try to try.
-        path: with `backend: file`, the file of the answers.
+        path: with `backend: file`, the file (or folder, or data set) of the answers, which are those of `model`.
     """
 
     backend: Literal["openai", "tutor", "file"] = "openai"
@@ -66,8 +82,11 @@ class TeacherConfig(Section):
     max_tokens: int = Field(default=2048, ge=1)
     samples: int = Field(default=1, ge=1)
     concurrency: int = Field(default=16, ge=1, le=256)
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    tokens_per_minute: float | None = Field(default=None, gt=0)
     max_cost: float = Field(default=20.0, ge=0)
     price: Price | None = None
+    batch: BatchConfig | None = None
     timeout: float = Field(default=120.0, gt=0)
     tries: int = Field(default=6, ge=1)
     retry_wait: float = Field(default=1.0, ge=0)
@@ -105,3 +124,8 @@ class TeacherConfig(Section):
             return self.backend
         address = urlsplit(self.base_url)
         return f"openai:{address.hostname}{address.path.rstrip('/')}"
+
+    @property
+    def asked_model(self) -> str:
+        """The model's name, as the cache's keys say it."""
+        return "tutor" if self.backend == "tutor" else self.model

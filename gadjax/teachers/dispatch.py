@@ -1,63 +1,97 @@
 """Many requests at once: a bounded number under way, each tried several times, within a budget, every outcome committed.
 
-Workers take leased requests and ask; one writer commits what they bring, many outcomes a transaction, and renews the leases.
+Workers take leased requests, ask, and go on when the answer is on the disk; one writer commits what they bring, many outcomes a
+transaction, and renews the leases. A process that is killed has lost no more answers than were under way.
 A fault that no retry mends, an empty purse and Ctrl-C stop it alike: nothing new is sent, what is under way is kept.
 """
 
 import asyncio
 import random
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any, TypeVar
 
 from gadjax.errors import UserError
-from gadjax.teachers.cache import Outcome, Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import TeacherConfig
+from gadjax.teachers.replies import Retry, most_prompt_tokens
+from gadjax.teachers.requests import Outcome, Request
 
 OnProgress = Callable[[int, int], None]  # answers that are there, answers that are wanted
 Result = TypeVar("Result")
 
 LONGEST_WAIT = 60.0  # seconds that the growing wait between tries grows to
-GATHER_SECONDS = 0.02  # outcomes of so long share a transaction
 LEASE = 64  # requests leased at once: as many wait for another collector, at most, when this one is killed
-HELD_SECONDS = 0.5  # between looks at what another collector has leased
+HELD_SECONDS = 0.5  # between looks at what another collector has leased, or at money that is set aside
 FAILURES_IN_A_ROW = 32  # so many and the endpoint counts as broken
 
 
-class Retry(Exception):
-    """A request may succeed when it is sent again: not before `wait` seconds, where the endpoint says so."""
+def run_to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, in which SIGTERM lets the work keep what is under way, as Ctrl-C does.
 
-    def __init__(self, reason: str, wait: float = 0.0):
-        super().__init__(reason)
-        self.wait = wait
+    Where Ctrl-C interrupts, the command line's handler of SIGTERM calls what asyncio installs for it. A shell's background job
+    ignores Ctrl-C, and asyncio installs nothing: here SIGTERM cancels the work itself, and the handler that was there is called after.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    if not main_thread or not callable(handler) or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        asyncio.run(work)
+        return
+    try:
+        asyncio.run(_ended_by_sigterm(work))
+    except asyncio.CancelledError:
+        handler(signal.SIGTERM, None)
+        raise KeyboardInterrupt from None
 
 
-class Budget:
-    """US dollars: those spent, and those that the requests under way may cost at most."""
+async def _ended_by_sigterm(work: Coroutine[Any, Any, None]) -> None:
+    """The first SIGTERM cancels the work, which may take its time to end; the second one does not wait."""
+    loop, task, before, came = asyncio.get_running_loop(), asyncio.current_task(), signal.getsignal(signal.SIGTERM), list[int]()
 
-    def __init__(self, limit: float, spent: float):
-        self.spent, self._limit, self._reserved = spent, limit, 0.0
-        self._changed = asyncio.Condition()
+    def cancel(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1 or task is None:
+            raise KeyboardInterrupt
+        task.cancel()
+        loop.call_soon_threadsafe(lambda: None)  # which wakes the loop
 
-    async def reserve(self, cost: float) -> bool:
-        """Sets `cost` aside, waiting where requests under way may yet cost less than feared. False: the limit does not allow it."""
-        async with self._changed:
-            while cost and self.spent + self._reserved + cost > self._limit:
-                if not self._reserved:
-                    return False
-                await self._changed.wait()
-            self._reserved += cost
-            return True
+    signal.signal(signal.SIGTERM, cancel)
+    try:
+        await work
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
-    async def settle(self, reserved: float, cost: float) -> None:
-        """Turns what was set aside into what it cost."""
-        async with self._changed:
-            self._reserved -= reserved
-            self.spent += cost
-            self._changed.notify_all()
+
+class Pace:
+    """When the next request may be sent, by limits on requests and on tokens a minute; evenly, without bursts.
+
+    A request takes its turn with the most tokens that it may have; those that it did not have are given back.
+    """
+
+    def __init__(self, requests_per_minute: float | None, tokens_per_minute: float | None):
+        self._between = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._a_token = 60.0 / tokens_per_minute if tokens_per_minute else 0.0
+        self._next_request = self._next_token = 0.0  # in the caller's time
+
+    def take(self, now: float, tokens: int) -> float:
+        """Takes a turn; returns the time of it."""
+        turn = max(now, self._next_request, self._next_token)
+        if self._between:
+            self._next_request = turn + self._between
+        if self._a_token:
+            self._next_token = turn + tokens * self._a_token
+        return turn
+
+    def give_back(self, tokens: int) -> None:
+        """Takes back the share of a turn that was not used."""
+        self._next_token -= tokens * self._a_token
 
 
 class Dispatcher:
@@ -77,13 +111,16 @@ class Dispatcher:
         on_progress: OnProgress,
     ):
         self._ask, self._worst_cost, self._config, self._cache, self._on_progress = ask, worst_cost, config, cache, on_progress
-        self._budget = Budget(config.max_cost, cache.cost())
+        self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
         self._leased: deque[Request] = deque()
         self._leasing = asyncio.Lock()
-        self._outcomes: asyncio.Queue[tuple[Request, Outcome] | None] = asyncio.Queue()
+        self._outcomes: asyncio.Queue[_Kept | None] = asyncio.Queue()
+        self._waiting = set[_Kept]()
+        self._broken = False  # the cache cannot be written to
         self._stop = asyncio.Event()
         self._fault: UserError | None = None
         self._quiet_until = 0.0  # monotonic time before which the endpoint wants no request
+        self._answers = 0  # outcomes that came of a reply
         self._failures = 0
         self._thread = ThreadPoolExecutor(1)  # where all of the cache's waiting for the disk is done
 
@@ -123,53 +160,88 @@ class Dispatcher:
 
     async def _work(self) -> None:
         while request := await self._next():
-            if outcome := await self._paid_outcome(request):
-                self._outcomes.put_nowait((request, outcome))
+            if outcome := await self._outcome(request):
                 self._watch(outcome)
+                await self._keep(_Kept(request, outcome))
+
+    async def _keep(self, kept: "_Kept") -> None:
+        """Waits until it is on the disk, or known that nothing can be kept."""
+        if not self._broken:
+            self._waiting.add(kept)
+            self._outcomes.put_nowait(kept)
+            await kept.done.wait()
 
     async def _next(self) -> Request | None:
         """A request that is leased to us; None when there is nothing more to ask."""
         async with self._leasing:
             while not self._leased and self._open and not self._stop.is_set():
                 chunk = [self._open.popleft() for _ in range(min(LEASE, len(self._open)))]
-                taken, held = await self._in_thread(self._cache.lease, [request.key for request in chunk])
-                self._leased.extend(request for request in chunk if request.key in taken)
-                self._open.extend(request for request in chunk if request.key in held)
-                self._advance(len(chunk) - len(taken) - len(held))  # what another collector has finished
-                if not taken:
-                    await self._pause(HELD_SECONDS if held else 0.0)
+                costs = {request.key: self._worst_cost(request) for request in chunk}
+                lease = await self._in_thread(self._cache.lease, costs, self._config.max_cost)
+                self._leased.extend(request for request in chunk if request.key in lease.taken)
+                waits = lease.held | lease.dear
+                self._open.extend(request for request in chunk if request.key in waits)
+                self._advance(len(chunk) - len(lease.taken) - len(waits))  # what another collector has finished
+                if lease.dear and not lease.reserved:
+                    await self._halt_for_money()
+                elif not lease.taken:
+                    await self._pause(HELD_SECONDS if waits else 0.0)
             return self._leased.popleft() if self._leased and not self._stop.is_set() else None
 
-    async def _paid_outcome(self, request: Request) -> Outcome | None:
-        """The outcome within the budget; None where it is stopped first."""
-        worst, outcome = self._worst_cost(request), None
-        if not await self._budget.reserve(worst):
-            spent = f"{self._budget.spent:.2f} of {self._config.max_cost:.2f} dollars are spent and the next answer might exceed them"
-            self._halt(UserError("teacher.max_cost", spent, "raise it and run the same command again: what is collected is kept"))
-            return None
-        try:
-            outcome = await self._outcome(request)
-        finally:
-            await self._budget.settle(worst, outcome.cost if outcome else 0.0)
-        return outcome
+    async def _halt_for_money(self, paid: float = 0.0) -> None:
+        spent, limit = paid + await self._in_thread(self._cache.cost), self._config.max_cost
+        what = f"{spent:.2f} of {limit:.2f} dollars are spent and the next answer might exceed them"
+        self._halt(UserError("teacher.max_cost", what, "raise it and run the same command again: what is collected is kept"))
 
     async def _outcome(self, request: Request) -> Outcome | None:
-        reason = ""
-        for attempt in range(self._config.tries):
-            await self._pause(self._quiet_until - time.monotonic())
-            if self._stop.is_set():
-                return None
+        """The outcome, with what all tries may have cost; None where it is stopped before one did."""
+        worst, paid, tries, reason = self._worst_cost(request), 0.0, 0, ""
+        answers = self._answers
+        while tries < self._config.tries and await self._may_send(request, paid, worst):
             try:
-                return await self._ask(request)
+                outcome = await self._send(request)
+                self._answers += 1
+                return replace(outcome, cost=outcome.cost + paid)
             except UserError as fault:
                 self._halt(fault)
-                return None
+                break
             except Retry as retry:
-                reason = str(retry)
-                self._quiet_until = max(self._quiet_until, time.monotonic() + retry.wait)  # a rate limit is everybody's
-            if attempt + 1 < self._config.tries:
-                await self._pause(min(self._config.retry_wait * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0))
-        return Outcome("failed", error=reason)
+                reason, paid = str(retry), paid + worst * retry.billed
+                tries += not (retry.limited and self._answers > answers)  # a limit that lets others through is no failure
+                answers = self._answers
+                if retry.wait:  # it is everybody's
+                    self._quiet_until = max(self._quiet_until, time.monotonic() + retry.wait)
+            if tries < self._config.tries:
+                await self._pause(min(self._config.retry_wait * 2 ** max(tries - 1, 0), LONGEST_WAIT) * random.uniform(0.5, 1.0))
+        stopped = tries < self._config.tries
+        return None if stopped and not paid else Outcome("failed", cost=paid, error=reason)
+
+    async def _may_send(self, request: Request, paid: float, worst: float) -> bool:
+        """Waits for the request's turn. False: it is stopped, or the money is too short for another try."""
+        while (quiet := self._quiet_until - time.monotonic()) > 0 and not self._stop.is_set():
+            await self._pause(quiet + random.uniform(0.0, self._config.retry_wait))  # not all at once
+        turn = self._pace.take(time.monotonic(), self._most_tokens(request))
+        await self._pause(turn - time.monotonic())
+        if paid and not self._stop.is_set():
+            if not await self._in_thread(self._cache.reserve, request.key, paid + worst, self._config.max_cost):
+                await self._halt_for_money(paid)
+        return not self._stop.is_set()
+
+    async def _send(self, request: Request) -> Outcome:
+        """Sends it once."""
+        most, used = self._most_tokens(request), 0
+        try:
+            outcome = await self._ask(request)
+            used = outcome.prompt_tokens + outcome.completion_tokens or most
+        except Retry as retry:
+            used = most if retry.billed else 0
+            raise
+        finally:
+            self._pace.give_back(most - used)
+        return outcome
+
+    def _most_tokens(self, request: Request) -> int:
+        return most_prompt_tokens(request) + int(request.parameters["max_tokens"])
 
     def _watch(self, outcome: Outcome) -> None:
         """Stops a collection that only fails."""
@@ -200,25 +272,30 @@ class Dispatcher:
                     renewed = time.monotonic()
         except BaseException:
             self._stop.set()  # nothing is asked that cannot be kept
+            self._broken = True
+            for kept in self._waiting:
+                kept.done.set()
             raise
 
-    async def _gather(self) -> list[tuple[Request, Outcome] | None]:
-        """The outcomes of a short while; none where there are none in time to renew the leases."""
+    async def _gather(self) -> list["_Kept | None"]:
+        """The outcomes that are there; none where there are none in time to renew the leases."""
         try:
             batch = [await asyncio.wait_for(self._outcomes.get(), self._cache.lease_seconds / 4)]
         except TimeoutError:
             return []
-        await asyncio.sleep(GATHER_SECONDS)
         while not self._outcomes.empty():
             batch.append(self._outcomes.get_nowait())
         return batch
 
-    async def _write(self, batch: list[tuple[Request, Outcome] | None]) -> bool:
+    async def _write(self, batch: list["_Kept | None"]) -> bool:
         """Commits a batch. False: it was the last."""
         outcomes = [each for each in batch if each is not None]
         if outcomes:
-            await self._in_thread(self._cache.record, outcomes)
+            await self._in_thread(self._cache.record, [(each.request, each.outcome) for each in outcomes])
             self._advance(len(outcomes))
+        for each in outcomes:
+            self._waiting.remove(each)
+            each.done.set()
         return len(outcomes) == len(batch)
 
     def _advance(self, done: int) -> None:
@@ -228,3 +305,12 @@ class Dispatcher:
 
     async def _in_thread(self, call: Callable[..., Result], *args: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """An outcome on its way to the disk; `done` is set when it is there."""
+
+    request: Request
+    outcome: Outcome
+    done: asyncio.Event = field(default_factory=asyncio.Event)

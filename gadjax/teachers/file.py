@@ -2,55 +2,82 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from gadjax.errors import UserError
 from gadjax.prompts import checked_text, make_prompt
 from gadjax.records import Prompt
 from gadjax.rows import read_rows
-from gadjax.teachers.cache import Outcome, Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.dispatch import OnProgress
+from gadjax.teachers.requests import Outcome, Request
 
 WHERE = "teacher.path"
 PAIRS = (("prompt", "response"), ("content", "teacher_response"))
 CHUNK = 1000  # rows a transaction
 
 
-def read_pairs(path: str) -> Iterator[tuple[str, Prompt, Outcome]]:
-    """The place, the prompt and the answer of each row of a file.
+@dataclass(frozen=True)
+class Fields:
+    """The names of a row's fields; those of None are found by what the row has.
+
+    Attributes:
+        prompt, response: of the prompt (a text or a list of messages) and of the answer.
+        messages: of a list of messages that ends with the answer.
+    """
+
+    prompt: str | None = None
+    response: str | None = None
+    messages: str | None = None
+
+
+FOUND = Fields()
+
+
+def read_pairs(path: str, fields: Fields = FOUND, where: str = WHERE) -> Iterator[tuple[str, Prompt, Outcome]]:
+    """The place, the prompt and the answer of each row of a file, a folder or a data set.
 
     A row is {"prompt", "response"}, {"content", "teacher_response"} (the prompt is a text or a list of messages), or
     {"messages"} that end with the assistant's answer; with an optional "id" and an optional "finish_reason" ("length" for
-    an answer that was cut off).
+    an answer that was cut off). An answer without any text counts as a refusal, as an endpoint's does.
 
     Raises:
-        UserError: a row is none of these, or its prompt or answer is empty; names the line.
+        UserError: a row is none of these, or its prompt is empty; names the line.
     """
-    for place, row in read_rows(path, WHERE):
-        content, response = _parts(row, place)
+    for place, row in read_rows(path, where):
+        content, response = _parts(row, place, fields)
         answer = checked_text(response, place)
-        if not answer.strip():
-            raise UserError(place, "the answer is empty", "leave the row out")
-        yield place, make_prompt(content, row.get("id"), place), Outcome("ok", answer, str(row.get("finish_reason") or "stop"))
+        prompt = make_prompt(content, row.get("id"), place)
+        if answer.strip():
+            yield place, prompt, Outcome("ok", answer, str(row.get("finish_reason") or "stop"))
+        else:
+            yield place, prompt, Outcome("refused", answer, error="the answer is empty")
 
 
-def _parts(row: Mapping[str, object], place: str) -> tuple[object, object]:
+def _parts(row: Mapping[str, object], place: str, fields: Fields) -> tuple[object, object]:
     """The prompt and the answer of a row, not yet checked."""
-    for prompt, response in PAIRS:
+    if fields.prompt or fields.response:
+        pairs = [(fields.prompt or "prompt", fields.response or "response")]
+    else:
+        pairs = [] if fields.messages else list(PAIRS)
+    for prompt, response in pairs:
         if prompt in row and response in row:
             return row[prompt], row[response]
-    match row.get("messages"):
+    talk = fields.messages or "messages"
+    match row.get(talk) if fields.messages or not (fields.prompt or fields.response) else None:
         case [*messages, {"role": "assistant", "content": response}]:
             return messages, response
-    names = ", ".join("/".join(pair) for pair in PAIRS)
-    raise UserError(place, f"has none of {names} or messages that end with the assistant's", "name the columns so")
+    names = ", ".join("/".join(pair) for pair in pairs)
+    what = " or ".join(filter(None, [names, f"`{talk}` that end with the assistant's" if fields == FOUND or fields.messages else ""]))
+    raise UserError(place, f"has none of {what}; its fields are {', '.join(row)}", "name the columns so, or import it by their names")
 
 
 def collect_from_file(requests: Sequence[Request], config: TeacherConfig, cache: TeacherCache, on_progress: OnProgress) -> None:
     """Copies the answers to `requests` into the cache. The n-th row of the same messages is their n-th sample.
 
     Raises:
-        UserError: the file is broken, or has no answer to one of the requests.
+        UserError: the file is broken, or has no row to one of the requests.
     """
     wanted = {(str(request.messages), request.sample): request for request in requests}
     total, seen, batch = len(wanted), Counter[str](), list[tuple[Request, Outcome]]()

@@ -1,27 +1,30 @@
-"""Where the prompts come from: a file, the tutor, or the file of the teacher's answers."""
+"""Where the prompts come from: a file or data set, the tutor, the file of the teacher's answers, or what was imported."""
 
 import hashlib
 import re
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 from gadjax.errors import UserError
-from gadjax.prompts import PromptsConfig, distinct, read_prompts
+from gadjax.prompts import PromptsConfig, distinct, make_prompt, read_prompts
 from gadjax.records import Prompt
 from gadjax.teachers import grammar
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.file import read_pairs
 
 TUTOR = re.compile(r"tutor:([1-9][0-9]{0,6})")
 
 
-def load_prompts(prompts: PromptsConfig, teacher: TeacherConfig, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def load_prompts(prompts: PromptsConfig, teacher: TeacherConfig, seed: int, cache: Path | None = None) -> tuple[list[Prompt], list[Prompt]]:
     """The training prompts and the validation prompts; no prompt is in both.
 
     Args:
         prompts: the sources.
         teacher: whose file of answers gives the prompts where no source does.
         seed: of the tutor's prompts, and of the choice of those held out.
+        cache: the run's cache, whose prompts are taken where there is no other source: they were imported.
 
     Raises:
         UserError: no source is given, or it is broken.
@@ -31,11 +34,15 @@ def load_prompts(prompts: PromptsConfig, teacher: TeacherConfig, seed: int) -> t
         train = _load(prompts.train, "prompts.train", made)
     elif teacher.backend == "file":
         train = _prompts_of_answers(str(teacher.path))
-    else:
-        raise UserError("prompts.train", "is not given", "name a .jsonl file, or tutor:6000 for prompts that the tutor makes")
+    elif not (train := _prompts_of_cache(cache, teacher)):
+        mend = "name a .jsonl file, tutor:6000 for prompts that the tutor makes, or `gadjax import` answers with their prompts"
+        raise UserError("prompts.train", "is not given", mend)
     if prompts.validation is None:
         return hold_out(train, prompts.validation_share, seed)
     validation = _load(prompts.validation, "prompts.validation", made)
+    if prompts.train is None and teacher.backend != "file":
+        held = {str(prompt.messages) for prompt in validation}  # they were asked as well
+        train = [prompt for prompt in train if str(prompt.messages) not in held]
     _check_disjoint(train, validation)
     return train, validation
 
@@ -68,6 +75,13 @@ def _tutor_count(source: str | None) -> int:
 def _prompts_of_answers(path: str) -> list[Prompt]:
     """The prompts of a file of answers, each once, however many answers it has."""
     return distinct((place, prompt) for place, prompt, _ in read_pairs(path))
+
+
+def _prompts_of_cache(path: Path | None, teacher: TeacherConfig) -> list[Prompt]:
+    if path is None or not path.exists():
+        return []
+    with TeacherCache(path, read_only=True) as cache:
+        return [make_prompt(list(messages), None, str(path)) for messages in cache.conversations(teacher.provider, teacher.asked_model)]
 
 
 def _check_disjoint(train: list[Prompt], validation: list[Prompt]) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from gadjax.records import Message
 from gadjax.server import Completion, Server
 from gadjax.teachers import grammar
-from gadjax.teachers.cache import Request, TeacherCache
+from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import FREE, TeacherConfig
 from gadjax.teachers.dispatch import OnProgress
 from gadjax.teachers.openai import collect_from_endpoint
+from gadjax.teachers.requests import Request
 
-CONCURRENCY = 3  # more is slower: server and client share this process
+CONCURRENCY = 16  # more brings nothing: server and client share this process
 
 
 def complete(messages: Sequence[Message], *, temperature: float, max_tokens: int | None, seed: int | None, n: int) -> Sequence[Completion]:
@@ -25,6 +26,13 @@ def complete(messages: Sequence[Message], *, temperature: float, max_tokens: int
     rng = random.Random(int.from_bytes(digest))
     prompt = messages[-1]["content"]
     return [_completion(prompt, grammar.sample(prompt, rng), max_tokens) for _ in range(n)]
+
+
+def answer(request: Request) -> Completion:
+    """What the tutor will answer to a request."""
+    given = dict(request.parameters)
+    seed, max_tokens = int(given["seed"]), int(given["max_tokens"])
+    return complete(request.messages, temperature=given["temperature"], max_tokens=max_tokens, seed=seed, n=1)[0]
 
 
 def _completion(prompt: str, answer: str, max_tokens: int | None) -> Completion:
