@@ -27,6 +27,7 @@ COMMANDS = {  # command -> "module:function"
     "evaluate": "gadjax.run:evaluate",
     "report": "gadjax.run:report",
     "export": "gadjax.run:export",
+    "serve": "gadjax.serve:serve",
     "bench": "gadjax.bench:bench",
 }
 
@@ -36,6 +37,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.", exists=True, dir_okay=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the file's.")]
+Stage = Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run's folder and, if not the last, a stage.")]
+BestOf = Annotated[int, typer.Option(min=1, max=64, help="Answers sampled for each that is given; the discriminator chooses.")]
+PromptTokens = Annotated[int | None, typer.Option(min=8, help="The longest conversation; by default the run's longest prompt.")]
+ResponseTokens = Annotated[int | None, typer.Option(min=1, help="The longest answer; by default the run's.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -109,8 +114,27 @@ def report(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def serve(
+    stage: Stage,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Where to listen. Others than this machine need a token in GADJAX_TOKEN.")] = "127.0.0.1",
+    slots: Annotated[int, typer.Option(min=1, help="Conversations that are answered at once.")] = 8,
+    best_of: BestOf = 1,
+    prompt_tokens: PromptTokens = None,
+    response_tokens: ResponseTokens = None,
+) -> None:
+    """Serve a stage's student behind an OpenAI-compatible endpoint.
+
+    Example: gadjax serve runs/quickstart/gad --port 8000
+
+    Example: gadjax serve runs/quickstart/gad --best-of 4
+    """
+    _call("serve", stage, port, host, slots, best_of, prompt_tokens, response_tokens)
+
+
+@app.command()
 def export(
-    stage: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run's folder and, if not the last, a stage.")],
+    stage: Stage,
     discriminator: Annotated[bool, typer.Option("--discriminator", help="The stage's discriminator: a classifier with one label.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
 ) -> None:

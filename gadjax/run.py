@@ -66,21 +66,11 @@ def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> N
     """A stage's student of a run, `RUN` or `RUN/STAGE`, or its discriminator, as a Hugging Face folder."""
     if dtype not in ("float32", "bfloat16"):
         raise UserError("--dtype", f"{dtype} is not offered", "use float32 or bfloat16")
-    folder, name = Path(stage), None
-    if not (folder / "config.yaml").is_file():
-        folder, name = folder.parent, folder.name
-    if not (folder / "config.yaml").is_file():
-        raise UserError(stage, "is no run", "name a run's folder, or a stage of it: runs/quickstart/gad")
-    opened = Run.at(folder)
-    names = list(opened.config.stages)
-    if name is not None and name not in names:
-        raise UserError(stage, f"the run has no stage {name}", f"use one of {', '.join(names)}")
-    if not opened.begun(name or names[-1]):
-        raise UserError(stage, "is not trained yet", "run `gadjax train` with its config first")
+    opened, name = Run.find(stage)
     with opened.locked():
         session = Session.open(opened, student_folder(opened, ()))  # the answers are not needed any more
         write = export_discriminator if discriminator else export_stage
-        say(f"export: {write(session, name or names[-1], dtype)}")
+        say(f"export: {write(session, name, dtype)}")
 
 
 @contextmanager

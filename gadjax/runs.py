@@ -115,6 +115,26 @@ class Run:
         if self._mirror is not None and jax.process_index() == 0:
             self._mirror.push()
 
+    @classmethod
+    def find(cls, place: str) -> "tuple[Run, str]":
+        """The run and the name of the stage that `RUN/STAGE` means; `RUN` means the last stage.
+
+        Raises:
+            UserError: there is no such run or stage, or the stage has no checkpoint.
+        """
+        folder, name = Path(place).expanduser(), None
+        if not (folder / CONFIG).is_file():
+            folder, name = folder.parent, folder.name
+        if not (folder / CONFIG).is_file():
+            raise UserError(place, "is no run", "name a run's folder, or a stage of it: runs/quickstart/gad")
+        run = cls.at(folder)
+        names = list(run.config.stages)
+        if name is not None and name not in names:
+            raise UserError(place, f"the run has no stage {name}", f"use one of {', '.join(names)}")
+        if not run.begun(name or names[-1]):
+            raise UserError(place, "is not trained yet", "run `gadjax train` with its config first")
+        return run, name or names[-1]
+
     @contextmanager
     def begin(self) -> Iterator[Clock]:
         """Makes the folder, where there is none, writes the config into it, and keeps it for this process alone.
