@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from gadjax.errors import UserError
@@ -91,7 +92,13 @@ def _session(opened: Run) -> Session:
 
 def _train(session: Session) -> None:
     for name in session.run.config.stages:
-        train_stage(session, name)
+        train_stage(session, name, partial(_show, session.run, name))
+
+
+def _show(opened: Run, under_way: str) -> None:
+    """Brings the report up to date while the run goes on. What hinders that is told when the report is made for good."""
+    with suppress(UserError):
+        write_report(opened.folder, evaluated_stages(opened), under_way)
 
 
 def _evaluate(session: Session, clock: Clock) -> None:

@@ -30,7 +30,18 @@ from gadjax.terminal import say
 # What may change between two calls of the same run: where it lies, how the teacher is reached, how the work is laid out on
 # devices, what is shown.
 _MAY_CHANGE = (
-    *("run.folder", "run.name", "mesh", "rollout", "student.rematerialise", "evaluation.metrics", "evaluation.stages", "evaluation.export"),
+    *(
+        "run.folder",
+        "run.name",
+        "mesh",
+        "rollout",
+        "student.rematerialise",
+        "evaluation.metrics",
+        "evaluation.stages",
+        "evaluation.export",
+        "evaluation.best_of",
+        "evaluation.discriminator",
+    ),
     *(f"teacher.{name}" for name in ("base_url", "api_key_env", "concurrency", "max_cost", "price", "timeout", "tries", "retry_wait")),
 )
 

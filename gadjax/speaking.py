@@ -12,6 +12,7 @@ from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.completions import Ask, Finish, Piece, Token
 from gadjax.config import DataConfig
 from gadjax.errors import UserError
+from gadjax.records import Message
 from gadjax.rollout.live import Heard, Live, Wish
 from gadjax.scoring import Scorer, best
 from gadjax.session import Session
@@ -150,14 +151,17 @@ class Speaker:
         assert self._scorer is not None
         return self._scorer([prompt], [[tuple(utterance.ids) for utterance in utterances]])[0]
 
-    def _prompt(self, ask: Ask) -> tuple[int, ...]:
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation has no more than P tokens."""
         try:
-            prompt, cut = self._text.fitted_prompt(ask.messages, self._prompt_tokens)
+            return not self._text.fitted_prompt(messages, self._prompt_tokens)[1]
         except PromptTooLong:
-            prompt, cut = (), True
-        if cut:
+            return False
+
+    def _prompt(self, ask: Ask) -> tuple[int, ...]:
+        if not self.fits(ask.messages):
             raise UserError("messages", f"have more than {self._prompt_tokens} tokens", "shorten them, or start with more --prompt-tokens")
-        return prompt
+        return self._text.prompt_ids(ask.messages, self._prompt_tokens)
 
     def _pieces(self, ask: Ask, prompt: tuple[int, ...], utterances: Sequence[Utterance]) -> Iterator[Piece]:
         """The pieces of all answers as they come."""

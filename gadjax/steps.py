@@ -192,11 +192,19 @@ class Programs:
 
     @cached_property
     def discriminator_step(self) -> Callable[..., Any]:
-        """(discriminator, rows) -> (discriminator, scores_BJ, metrics); the discriminator is donated."""
-        assert self.algorithm.discriminator is not None
+        """(discriminator, rows[, rate]) -> (discriminator, scores_BJ, metrics); the discriminator is donated."""
+        return self._of_discriminator(self.algorithm.discriminator)
+
+    @cached_property
+    def scores_step(self) -> Callable[..., Any]:
+        """The same without an update."""
+        return self._of_discriminator(self.algorithm.scores)
+
+    def _of_discriminator(self, step: Callable[..., Any] | None) -> Callable[..., Any]:
+        assert step is not None
         everywhere = replicated(self.models.mesh)
         role = shardings_of(self.models.abstract_role(self.models.discriminator))
-        return self.models.jit(self.algorithm.discriminator, donate_argnums=0, out_shardings=(role, everywhere, everywhere))
+        return self.models.jit(step, donate_argnums=0, out_shardings=(role, everywhere, everywhere))
 
     @cached_property
     def score(self) -> Callable[[Params, PackedRows], jax.Array]:

@@ -94,6 +94,8 @@ def test_every_slot_draws_as_it_asks():
     keys = jax.random.wrap_key_data(jnp.asarray(data))
     for slot in range(4):
         one = slice(slot, slot + 1)
-        expected, _ = sample(logits[one], keys[one], jnp.array(positions[one]), float(temperatures[slot]), None, float(shares[slot]))
+        expected, _ = sample(
+            jnp.asarray(logits[one]), keys[one], jnp.array(positions[one]), float(temperatures[slot]), None, float(shares[slot])
+        )
         assert tokens[slot] == expected[0]
     np.testing.assert_allclose(logps, jax.nn.log_softmax(logits), atol=1e-5)

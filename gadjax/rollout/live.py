@@ -10,7 +10,7 @@ T likeliest tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ class Heard:
     tokens: list[int]
     logps: list[float]
     top: list[list[tuple[int, float]]]
-    ended: str | None
+    ended: Literal["stop", "length"] | None
 
 
 def sample_each(logits_SV: jax.Array, slots: Slots) -> tuple[jax.Array, jax.Array]:
@@ -169,15 +169,18 @@ class Live:
         self._prompts, self._caches = jit_on(mesh, lambda: self._empty(network))()
         self._prefill = jit_on(mesh, make_prefill(network), donate_argnums=1)
         self._decode = jit_on(mesh, make_decode(network, samples, end_of_turn), donate_argnums=2)
-        zeros = np.zeros(self.places * samples, np.int32)
-        floats = zeros.astype(np.float32)
+        count = self.places * samples
+        no, zeros, numbers = np.zeros(count, np.bool_), np.zeros(count, np.int32), np.ones(count, np.float32)
         self._slots = Slots(
-            zeros.astype(bool),
-            *(zeros.copy() for _ in range(4)),
-            np.zeros((len(zeros), 2), np.uint32),
-            floats,
-            np.ones_like(floats),
-            zeros.astype(bool),
+            going_S=no,
+            input_S=zeros,
+            position_S=zeros.copy(),
+            offset_S=zeros.copy(),
+            limit_S=zeros.copy(),
+            keys_S=np.zeros((count, 2), np.uint32),
+            temperature_S=numbers,
+            top_p_S=numbers.copy(),
+            tells_S=no.copy(),
         )
 
     def _empty(self, network: Network) -> tuple[Prompts, list[Cache]]:
@@ -222,7 +225,7 @@ class Live:
 
     def hear(self) -> dict[int, Heard]:
         """K more steps; the new tokens of each slot that was at work."""
-        self._caches, looked = self._decode(self._params, self._prompts, self._caches, Slots(*map(self._put, self._slots)))
+        self._caches, looked = self._decode(self._params, self._prompts, self._caches, jax.tree.map(self._put, self._slots))
         made = Looked(*jax.device_get(looked))
         return {int(slot): self._heard(int(slot), made) for slot in np.flatnonzero(self._slots.going_S)}
 
