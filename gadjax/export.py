@@ -52,7 +52,8 @@ def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[s
     origin = json.dumps({"stage": name, "role": role, "checkpoint": digest, "dtype": dtype}, indent=2).encode()
     if folder.exists():
         if (folder / ORIGIN).is_file() and (folder / ORIGIN).read_bytes() == origin:
-            replace_file(folder / FILE, card)  # it may have been measured since
+            if not (folder / FILE).is_file() or (folder / FILE).read_text(encoding="utf-8") != card:
+                replace_file(folder / FILE, card)  # it was measured since
             return folder
         shutil.rmtree(folder)  # of another checkpoint
     params = session.final_role(name, role).params

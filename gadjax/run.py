@@ -93,9 +93,10 @@ def _session(opened: Run) -> Session:
 def _train(session: Session) -> None:
     for name in session.run.config.stages:
         train_stage(session, name, partial(_show, session.run, name))
+    _show(session.run)
 
 
-def _show(opened: Run, under_way: str) -> None:
+def _show(opened: Run, under_way: str | None = None) -> None:
     """Brings the report up to date while the run goes on. What hinders that is told when the report is made for good."""
     with suppress(UserError):
         write_report(opened.folder, evaluated_stages(opened), under_way)

@@ -18,6 +18,7 @@ from gadjax.scoring import Scorer, best
 from gadjax.session import Session
 from gadjax.text import PromptTooLong, Text
 
+COLD = 1e-3  # a temperature below is greedy: logits over it would not be finite
 PART_OF_A_CHARACTER = "\ufffd"  # what bytes without the rest of their character decode to
 
 
@@ -186,9 +187,10 @@ class Speaker:
 
     def _begin(self, ask: Ask, prompt: tuple[int, ...], count: int) -> _Talk:
         talk, seed, together = _Talk(), secrets.randbits(64) if ask.seed is None else ask.seed, self._live.samples
+        temperature = ask.temperature if ask.temperature >= COLD else 0.0
         limit = min(ask.max_tokens or self._live.response_tokens, self._live.response_tokens)
         wishes = [
-            Wish(key=_stream(seed, choice), temperature=ask.temperature, top_p=ask.top_p, limit=limit, tells=bool(ask.top))
+            Wish(key=_stream(seed, choice), temperature=temperature, top_p=ask.top_p, limit=limit, tells=bool(ask.top))
             for choice in range(count)
         ]
         with self._wake:

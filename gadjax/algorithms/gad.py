@@ -18,7 +18,6 @@ Letters: B groups, J = 1 + N responses of a group with the teacher's first, N st
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,6 @@ from gadjax.algorithms.balance import BalanceConfig, make_advantages, make_rewar
 from gadjax.algorithms.forward import accumulate, response_log_probs, response_mask, response_scores, sum_over
 from gadjax.algorithms.stage import (
     Algorithm,
-    DiscriminatorConfig,
     DiscriminatorStep,
     Guidance,
     OptimizerAt,
@@ -121,12 +119,6 @@ def make_discriminator_step(
     return step if train else frozen_step
 
 
-def discriminator_steps(config: DiscriminatorConfig, optimizer_at: OptimizerAt, network: Network) -> tuple[DiscriminatorStep, ...]:
-    """The step of a stage's discriminator, and the one in which it only scores."""
-    make = partial(make_discriminator_step, network, optimizer_at(config.learning_rate), smoothing=config.label_smoothing)
-    return make(train=config.train), make(train=False)
-
-
 def make_student_step(
     network: Network,
     optimizer: optax.GradientTransformation,
@@ -182,7 +174,6 @@ def make_student_step(
 
 def build(config: GadConfig, optimizer_at: OptimizerAt, student: Network, discriminator: Network) -> Algorithm:
     """The algorithm of a `gad` stage."""
-    learns, scores = discriminator_steps(config.discriminator, optimizer_at, discriminator)
     return Algorithm(
         student=make_student_step(
             student,
@@ -192,8 +183,12 @@ def build(config: GadConfig, optimizer_at: OptimizerAt, student: Network, discri
             updates=config.updates_per_rollout,
             balance=config.balance,
         ),
-        discriminator=learns,
-        scores=scores,
+        discriminator=make_discriminator_step(
+            discriminator,
+            optimizer_at(config.discriminator.learning_rate),
+            train=config.discriminator.train,
+            smoothing=config.discriminator.label_smoothing,
+        ),
         balance=config.balance,
         student_reads="samples",
         needs_reference=True,

@@ -117,7 +117,6 @@ class Algorithm:
         student: (student, rows, guidance) -> (student, metrics).
         discriminator: (discriminator, rows of teacher and samples, rate) -> (discriminator, scores_BJ, metrics), or None in a
             stage without one. A stage that has one samples. `rate` may be left out; it is a factor of the learning rate.
-        scores: the same without an update.
         student_reads: the responses in the student's rows: the teacher's, or its own samples.
         student_begins: the first step, counted from 0, in which the student learns.
         needs_reference: whether `student` reads `Guidance.reference`.
@@ -126,7 +125,6 @@ class Algorithm:
 
     student: StudentStep
     discriminator: DiscriminatorStep | None = None
-    scores: DiscriminatorStep | None = None
     student_reads: str = "teacher"
     student_begins: int = 0
     needs_reference: bool = False

@@ -33,10 +33,13 @@ class WarmupConfig(SamplingStageConfig):
 
 def build(config: WarmupConfig, optimizer_at: OptimizerAt, student: Network, discriminator: Network) -> Algorithm:
     """The algorithm of a `warmup` stage."""
-    learns, scores = gad.discriminator_steps(config.discriminator, optimizer_at, discriminator)
     return Algorithm(
         student=seqkd.make_student_step(student, optimizer_at(config.learning_rate)),
-        discriminator=learns,
-        scores=scores,
+        discriminator=gad.make_discriminator_step(
+            discriminator,
+            optimizer_at(config.discriminator.learning_rate),
+            train=config.discriminator.train,
+            smoothing=config.discriminator.label_smoothing,
+        ),
         student_begins=config.discriminator.only_first_steps,
     )
