@@ -64,7 +64,8 @@ class Chat:
             pieces = list[Piece]()
             for piece in self._pieces(name):
                 pieces.append(piece)
-                self._console.out(harmless(piece.text), end="", highlight=False)
+                self._console.file.write(harmless(piece.text))  # as it is: nothing is markup, a tab stays a tab
+                self._console.file.flush()
             said[name] = "".join(piece.text for piece in pieces)
             self._console.print(Shown(f"\n  {_verdict(pieces[-1])}", style="dim"))
         return said
