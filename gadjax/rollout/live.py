@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from gadjax.models.cache_attention import decode
 from gadjax.models.decoder import Network
-from gadjax.rollout.decode import in_compute_dtype, make_prefill
+from gadjax.rollout.decode import make_prefill, make_weights
 from gadjax.rollout.sampling import draw, integer_probabilities, nucleus
 from gadjax.rollout.slots import Cache, Prompts, prompts_on_mesh
 from gadjax.sharding import constrain, jit_on, named_sharding, replicated, row_multiple
@@ -102,12 +102,12 @@ def sample_each(logits_SV: jax.Array, slots: Slots) -> tuple[jax.Array, jax.Arra
 
 
 def make_decode(network: Network, samples: int, end_of_turn: int) -> Callable[..., tuple[list[Cache], Looked]]:
-    """Builds `(params, prompts, caches, slots) -> (caches, looked)`: K steps, or fewer where every slot has come to its end."""
+    """Builds `(weights, prompts, caches, slots) -> (caches, looked)`: K steps, or fewer where every slot has come to its end."""
 
-    def run(params: Params, prompts: Prompts, caches: list[Cache], slots: Slots) -> tuple[list[Cache], Looked]:
-        model = network.bind(params)
-        trunk, count = model.trunk.unrolled(), slots.going_S.shape[0]
-        room, likeliest = caches[0][1].shape[2], min(LIKELIEST, model.trunk.config.vocabulary)
+    def run(weights: Params, prompts: Prompts, caches: list[Cache], slots: Slots) -> tuple[list[Cache], Looked]:
+        layers, count = weights["trunk"]["blocks"], slots.going_S.shape[0]
+        model = network.bind(weights | {"trunk": weights["trunk"] | {"blocks": layers[0]}})
+        trunk, likeliest = model.trunk.unrolled(layers), min(LIKELIEST, model.trunk.config.vocabulary)
 
         def of_all(logps_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
             top_ST, ids_ST = jax.lax.top_k(logps_SV, likeliest)
@@ -118,7 +118,8 @@ def make_decode(network: Network, samples: int, end_of_turn: int) -> Callable[..
 
         def step(carry: tuple[jax.Array, Slots, list[Cache], Looked]) -> tuple[jax.Array, Slots, list[Cache], Looked]:
             index, slots, caches, looked = carry
-            attend = decode(jnp.arange(count), samples, prompts.keys_G, jnp.where(slots.going_S, slots.position_S, room))
+            # An idle slot writes where the next sample will write first.
+            attend = decode(jnp.arange(count), samples, prompts.keys_G, jnp.where(slots.going_S, slots.position_S, 0))
             memory = list(zip(prompts.caches, caches, strict=True))
             hidden_SD, caches = trunk(slots.input_S, slots.offset_S + slots.position_S, attend, memory)
             token_S, logps_SV = sample_each(model.logits(hidden_SD), slots)
@@ -165,7 +166,14 @@ class Live:
         self._prompt_tokens, self.response_tokens = lengths
         multiple = row_multiple(mesh)
         self.places = -(-places // multiple) * multiple
-        self._params = jit_on(mesh, lambda params: in_compute_dtype(network, params))(params)
+        dtype = network.bind(network.shapes).trunk.dtype
+
+        def cast(whole: Params) -> Params:
+            # Norms are computed in float32.
+            return jax.tree.map(lambda leaf, axes: leaf if "norm" in axes else leaf.astype(dtype), whole, network.axes)
+
+        self._params = jit_on(mesh, cast)(params)  # stacked, for prefills
+        self._weights = jit_on(mesh, make_weights(network))(self._params)
         self._prompts, self._caches = jit_on(mesh, lambda: self._empty(network))()
         self._prefill = jit_on(mesh, make_prefill(network), donate_argnums=1)
         self._decode = jit_on(mesh, make_decode(network, samples, end_of_turn), donate_argnums=2)
@@ -225,7 +233,7 @@ class Live:
 
     def hear(self) -> dict[int, Heard]:
         """K more steps; the new tokens of each slot that was at work."""
-        self._caches, looked = self._decode(self._params, self._prompts, self._caches, jax.tree.map(self._put, self._slots))
+        self._caches, looked = self._decode(self._weights, self._prompts, self._caches, jax.tree.map(self._put, self._slots))
         made = Looked(*jax.device_get(looked))
         return {int(slot): self._heard(int(slot), made) for slot in np.flatnonzero(self._slots.going_S)}
 
