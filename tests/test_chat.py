@@ -60,6 +60,7 @@ def test_two_stages_stand_side_by_side_on_a_terminal():
     talk(console, ["hi"], gad=Parrot("left\x1b]0;title\x07[red]"), seqkd=Parrot("right"))
     assert re.search(r"left␛\]0;title␇\[red\] +│ right", out.getvalue())
     assert not re.search(r"\x1b\]|\x07", out.getvalue())
+    assert re.search(r"[┃│] gad +[┃│] seqkd", re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()))
     assert len(re.findall(r"score -1\.250", out.getvalue().rpartition("score")[0])) >= 1
 
 
@@ -106,7 +107,7 @@ def test_a_trained_stage_talks_in_a_terminal(tmp_path_factory: pytest.TempPathFa
     assert stop.value.code == 0
     text = b"".join(shown).decode(errors="replace")
     assert len(re.findall(r"score [+-]\d+\.\d{3}", text)) >= 4
-    assert re.search(r"[┃│] gad +[┃│] student", text)
+    assert re.search(r"[┃│] gad +[┃│] student", re.sub(r"\x1b\[[0-9;]*m", "", text))
 
 
 @pytest.mark.parametrize(
