@@ -10,8 +10,9 @@ from gadjax.algorithms.seqkd import make_sequence_log_probs
 from gadjax.config import Config
 from gadjax.data.packing import Ids, pack
 from gadjax.data.snapshot import Example
-from gadjax.evaluation.samples import MODES, Samples
+from gadjax.evaluation.samples import BEST_OF, BEST_OF_TEMPERATURE, MODES, Samples
 from gadjax.rollout.decode import SamplingPlan
+from gadjax.scoring import Scorer, best
 from gadjax.sharding import replicated
 from gadjax.steps import Models, Sampler, responses_of, row_shape
 from gadjax.text import Text
@@ -26,11 +27,13 @@ class Answerer:
         self._key = jax.random.key(config.run.seed)
         plan = SamplingPlan(samples=1, response_tokens=config.data.max_response_tokens, temperature=0.0, end_of_turn=text.end_of_turn)
         self._samplers = {mode: Sampler(models, config.data, replace(plan, temperature=temperature)) for mode, temperature in MODES.items()}
+        several = replace(plan, samples=config.evaluation.best_of, temperature=BEST_OF_TEMPERATURE)
+        self._samplers[BEST_OF] = Sampler(models, config.data, several)
         self._log_probs = models.jit(make_sequence_log_probs(models.student), out_shardings=replicated(models.mesh))
         self._shape = row_shape(config.data, models.mesh, self._batch, 1)
 
-    def answer(self, params: Params, examples: Sequence[Example], mode: str) -> Samples:
-        """One answer to each example's prompt. `mode` is one of `MODES`."""
+    def answer(self, params: Params, examples: Sequence[Example], mode: str, scorer: Scorer | None = None) -> Samples:
+        """One answer to each example's prompt. `mode` is one of `MODES`, or `BEST_OF` with the discriminator that chooses."""
         ids: list[tuple[int, ...]] = []
         log_probs: list[float] = []
         ended: list[bool] = []
@@ -40,9 +43,11 @@ class Answerer:
             full = [*prompts, *[prompts[0]] * (self._batch - len(prompts))]
             rollout = self._samplers[mode](params, full, self._key, start)
             sampled, _ = responses_of(rollout)
-            ids += [answers[0] for answers in sampled[: len(prompts)]]
-            log_probs += self._score(params, full, sampled)[: len(prompts)]
-            ended += rollout.ended_BN[: len(prompts), 0].tolist()
+            chosen = [best(scores)[0] for scores in scorer(full, sampled)] if scorer else [0] * len(full)
+            answers = [own[choice] for own, choice in zip(sampled, chosen, strict=True)]
+            ids += answers[: len(prompts)]
+            log_probs += self._score(params, full, [[answer] for answer in answers])[: len(prompts)]
+            ended += np.asarray(rollout.ended_BN)[range(len(full)), chosen][: len(prompts)].tolist()
         return Samples(
             prompts=tuple(example.prompt for example in examples),
             teacher=tuple(example.answer.text for example in examples),

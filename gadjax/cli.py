@@ -28,6 +28,10 @@ COMMANDS = {  # command -> "module:function"
     "evaluate": "gadjax.run:evaluate",
     "report": "gadjax.run:report",
     "export": "gadjax.run:export",
+    "compare": "gadjax.compare:compare",
+    "doctor": "gadjax.doctor:doctor",
+    "chat": "gadjax.chat:chat",
+    "serve": "gadjax.serve:serve",
     "bench": "gadjax.bench:bench",
     "plan": "gadjax.plan:plan",
 }
@@ -40,7 +44,12 @@ INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.", exists=True, dir_okay=False)]
+SomeConfig = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="The experiment's YAML file.", exists=True, dir_okay=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the file's.")]
+Stage = Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run's folder and, if not the last, a stage.")]
+BestOf = Annotated[int, typer.Option(min=1, max=64, help="Answers sampled for each that is given; the discriminator chooses.")]
+PromptTokens = Annotated[int | None, typer.Option(min=8, help="The longest conversation; by default the run's longest prompt.")]
+ResponseTokens = Annotated[int | None, typer.Option(min=1, help="The longest answer; by default the run's.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -142,8 +151,44 @@ def report(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def chat(
+    stage: Stage,
+    against: Annotated[str | None, typer.Option(metavar="STAGE", help="Another stage of the run, or `student`: side by side.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 0.8,
+    seed: Annotated[int | None, typer.Option(help="The same one gives the same answers.")] = None,
+    best_of: BestOf = 1,
+    prompt_tokens: PromptTokens = None,
+    response_tokens: ResponseTokens = None,
+) -> None:
+    """Talk to a stage's student in the terminal; the discriminator's score stands beside each answer.
+
+    Example: gadjax chat runs/quickstart/gad --against seqkd
+    """
+    _call("chat", stage, against, temperature, seed, best_of, prompt_tokens, response_tokens)
+
+
+@app.command()
+def serve(
+    stage: Stage,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Where to listen. Others than this machine need a token in GADJAX_TOKEN.")] = "127.0.0.1",
+    slots: Annotated[int, typer.Option(min=1, help="Conversations that are answered at once.")] = 8,
+    best_of: BestOf = 1,
+    prompt_tokens: PromptTokens = None,
+    response_tokens: ResponseTokens = None,
+) -> None:
+    """Serve a stage's student behind an OpenAI-compatible endpoint.
+
+    Example: gadjax serve runs/quickstart/gad --port 8000
+
+    Example: gadjax serve runs/quickstart/gad --best-of 4
+    """
+    _call("serve", stage, port, host, slots, best_of, prompt_tokens, response_tokens)
+
+
+@app.command()
 def export(
-    stage: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run's folder and, if not the last, a stage.")],
+    stage: Stage,
     discriminator: Annotated[bool, typer.Option("--discriminator", help="The stage's discriminator: a classifier with one label.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
 ) -> None:
@@ -152,6 +197,33 @@ def export(
     Example: gadjax export runs/quickstart/gad
     """
     _call("export", stage, discriminator, dtype)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folders of two or more runs that were evaluated.")],
+    stage: Annotated[str | None, typer.Option(help="The stage to compare; by default the last of each run.")] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare several runs: one table, and one page with their settings and curves.
+
+    Example: gadjax compare runs/quickstart runs/second --stage gad
+    """
+    _call("compare", runs, stage, out, as_json)
+
+
+@app.command()
+def doctor(
+    config: SomeConfig = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell what this machine has, and what a config would need of it.
+
+    Example: gadjax doctor configs/quickstart.yaml
+    """
+    _call("doctor", config, overrides or [], as_json)
 
 
 @app.command()

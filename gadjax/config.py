@@ -200,6 +200,12 @@ class Config(Section):
             students.append(name)
         for name in self.evaluation.stages or ():
             _check_among("evaluation.stages", name, [*self.stages], "a stage")
+        chooser = self.evaluation.discriminator
+        if self.evaluation.best_of > 1 and not discriminators[1:]:
+            raise UserError(
+                "evaluation.best_of", "no stage has a discriminator that could choose", "add a warmup or gad stage, or set it to 1"
+            )
+        _check_among("evaluation.discriminator", chooser, discriminators[1:], "a stage that has one")
         _check_among("evaluation.export", self.evaluation.export, [*self.stages], "a stage")
         return self
 

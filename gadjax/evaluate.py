@@ -1,12 +1,14 @@
 """Every stage measured the same way on the held-out prompts: greedy, and one sample at T = 0.8 and at 1.0."""
 
+from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.checkpointing import checkpoint_digest
 from gadjax.config import UNTOUCHED
 from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
-from gadjax.evaluation.samples import MODES, Samples
+from gadjax.evaluation.samples import BEST_OF, MODES, Samples
 from gadjax.files import replace_file, to_json
 from gadjax.runs import Run
+from gadjax.scoring import Scorer
 from gadjax.session import Session
 from gadjax.terminal import track
 
@@ -17,14 +19,32 @@ def evaluated_stages(run: Run) -> list[str]:
     return [UNTOUCHED, *(config.evaluation.stages if config.evaluation.stages is not None else config.stages)]
 
 
+def _chooser(session: Session) -> str | None:
+    """The stage whose discriminator chooses among several answers, if it is to."""
+    wanted, stages = session.run.config.evaluation, session.run.config.stages
+    with_one = [name for name, stage in stages.items() if isinstance(stage, SamplingStageConfig)]
+    return (wanted.discriminator or with_one[-1]) if wanted.best_of > 1 else None
+
+
+def _scorer(session: Session) -> Scorer | None:
+    wanted, chooser = session.run.config.evaluation, _chooser(session)
+    if chooser is None:
+        return None
+    params = session.final_role(chooser, "discriminator").params
+    return Scorer(session.models, params, session.run.config.data, wanted.best_of, wanted.batch_groups)
+
+
 def _origin(session: Session, name: str) -> str:
-    """What a stage's answers come from, as JSON: the data, and the final checkpoint or the section of the untouched student."""
+    """What a stage's answers come from, as JSON: the data, the final checkpoint or the section of the untouched student, and who chose."""
     config = session.run.config
     if name == UNTOUCHED:
         weights: object = {"student": config.student.model_dump(), "seed": config.run.seed}
     else:
         weights = {"checkpoint": checkpoint_digest(session.run.checkpoints(name), session.total_steps(name))}
-    return to_json({"data": session.snapshot.digest, "weights": weights}, indent=1)
+    chooser, best_of = _chooser(session), session.run.config.evaluation.best_of
+    digest = chooser and checkpoint_digest(session.run.checkpoints(chooser), session.total_steps(chooser))
+    choice = {"best_of": best_of, "discriminator": digest} if chooser else {}
+    return to_json({"data": session.snapshot.digest, "weights": weights} | choice, indent=1)
 
 
 def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
@@ -32,19 +52,21 @@ def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
     examples = [session.snapshot.validation[index] for index in range(len(session.snapshot.validation))]
     names = evaluated_stages(session.run)
     measured: dict[str, dict[str, Metric]] = {}
-    with track("evaluate", len(names) * len(MODES)) as advance:
+    modes = [*MODES, *[BEST_OF] * (session.run.config.evaluation.best_of > 1)]
+    scorer = None
+    with track("evaluate", len(names) * len(modes)) as advance:
         for index, name in enumerate(names):
             file = session.run.folder / "evaluation" / f"{name}.jsonl"
             mark, origin = file.with_suffix(".origin.json"), _origin(session, name)
             if not (file.exists() and mark.exists() and mark.read_text(encoding="utf-8") == origin):
-                params = session.student_params(name)
+                params, scorer = session.student_params(name), scorer or _scorer(session)
                 answers: dict[str, Samples] = {}
-                for number, mode in enumerate(MODES):
-                    answers[mode] = session.answerer.answer(params, examples, mode)
-                    advance(index * len(MODES) + number, name)
+                for number, mode in enumerate(modes):
+                    answers[mode] = session.answerer.answer(params, examples, mode, scorer if mode == BEST_OF else None)
+                    advance(index * len(modes) + number, name)
                 write_answers(file, answers, session.tutored is not None)
                 replace_file(mark, origin)
                 session.run.push()
             measured[name] = measure(read_answers(file), session.run.config.evaluation.metrics, session.tutored)
-            advance((index + 1) * len(MODES), name)
+            advance((index + 1) * len(modes), name)
     return measured

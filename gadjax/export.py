@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 from gadjax.algorithms.stage import SamplingStageConfig
+from gadjax.card import FILE, model_card
 from gadjax.checkpointing import checkpoint_digest
 from gadjax.errors import UserError
+from gadjax.files import replace_file
 from gadjax.models.checkpoint import save, tokenizer_files
 from gadjax.session import Session
 from gadjax.text import Text
@@ -43,14 +45,19 @@ def export_discriminator(session: Session, name: str, dtype: str = "float32") ->
 
 
 def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[str, int], files: dict[str, bytes], dtype: str) -> Path:
+    snapshot = session.snapshot
+    facts = {"training groups": len(snapshot.train), "held-out groups": len(snapshot.validation), "SHA-256": snapshot.digest}
+    card = model_card(session.run.folder, session.run.config, name, role, facts)
     digest = checkpoint_digest(session.run.checkpoints(name), session.total_steps(name))
     origin = json.dumps({"stage": name, "role": role, "checkpoint": digest, "dtype": dtype}, indent=2).encode()
     if folder.exists():
         if (folder / ORIGIN).is_file() and (folder / ORIGIN).read_bytes() == origin:
+            if not (folder / FILE).is_file() or (folder / FILE).read_text(encoding="utf-8") != card:
+                replace_file(folder / FILE, card)  # it was measured since
             return folder
         shutil.rmtree(folder)  # of another checkpoint
     params = session.final_role(name, role).params
-    save(folder, session.family, session.dims, params, tokens, files | {ORIGIN: origin}, dtype=dtype)
+    save(folder, session.family, session.dims, params, tokens, files | {ORIGIN: origin, FILE: card.encode()}, dtype=dtype)
     return folder
 
 

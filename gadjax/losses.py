@@ -27,9 +27,15 @@ def token_log_probs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, j
     return chosen, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
 
-def bradley_terry(teacher_B: jax.Array, student_BN: jax.Array) -> jax.Array:
-    """-log σ(D(x, y) - D(x, ŷ_i)) of every pair, [B, N] (the paper's discriminator loss; its mean is L_D)."""
-    return jax.nn.softplus(student_BN - teacher_B[:, None])
+def bradley_terry(teacher_B: jax.Array, student_BN: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """-log σ(D(x, y) - D(x, ŷ_i)) of every pair, [B, N] (the paper's discriminator loss; its mean is L_D).
+
+    With `smoothing` ε the pair counts as 1 - ε of one and ε of its reverse, so that the best margin is log((1 - ε) / ε) and no more.
+    """
+    worse_BN = student_BN - teacher_B[:, None]
+    if not smoothing:
+        return jax.nn.softplus(worse_BN)
+    return (1 - smoothing) * jax.nn.softplus(worse_BN) + smoothing * jax.nn.softplus(-worse_BN)
 
 
 def group_spread(rewards_BN: jax.Array) -> tuple[jax.Array, jax.Array]:

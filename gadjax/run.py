@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from gadjax.collecting import check_teacher, collect_answers
@@ -62,21 +63,11 @@ def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> N
     """A stage's student of a run, `RUN` or `RUN/STAGE`, or its discriminator, as a Hugging Face folder."""
     if dtype not in ("float32", "bfloat16"):
         raise UserError("--dtype", f"{dtype} is not offered", "use float32 or bfloat16")
-    folder, name = Path(stage), None
-    if not (folder / "config.yaml").is_file():
-        folder, name = folder.parent, folder.name
-    if not (folder / "config.yaml").is_file():
-        raise UserError(stage, "is no run", "name a run's folder, or a stage of it: runs/quickstart/gad")
-    opened = Run.at(folder)
-    names = list(opened.config.stages)
-    if name is not None and name not in names:
-        raise UserError(stage, f"the run has no stage {name}", f"use one of {', '.join(names)}")
-    if not opened.begun(name or names[-1]):
-        raise UserError(stage, "is not trained yet", "run `gadjax train` with its config first")
+    opened, name = Run.find(stage)
     with opened.locked():
         session = Session.open(opened, student_folder(opened, ()))  # the answers are not needed any more
         write = export_discriminator if discriminator else export_stage
-        say(f"export: {write(session, name or names[-1], dtype)}")
+        say(f"export: {write(session, name, dtype)}")
 
 
 @contextmanager
@@ -97,7 +88,14 @@ def _session(opened: Run) -> Session:
 
 def _train(session: Session) -> None:
     for name in session.run.config.stages:
-        train_stage(session, name)
+        train_stage(session, name, partial(_show, session.run, name))
+    _show(session.run)
+
+
+def _show(opened: Run, under_way: str | None = None) -> None:
+    """Brings the report up to date while the run goes on. What hinders that is told when the report is made for good."""
+    with suppress(UserError):
+        write_report(opened.folder, evaluated_stages(opened), under_way)
 
 
 def _evaluate(session: Session, clock: Clock) -> None:

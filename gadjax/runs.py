@@ -32,7 +32,18 @@ from gadjax.terminal import say
 # What may change between two calls of the same run: where it lies, how the teacher is reached, how the work is laid out on
 # devices, what is shown.
 _MAY_CHANGE = (
-    *("run.folder", "run.name", "mesh", "rollout", "student.rematerialise", "evaluation.metrics", "evaluation.stages", "evaluation.export"),
+    *(
+        "run.folder",
+        "run.name",
+        "mesh",
+        "rollout",
+        "student.rematerialise",
+        "evaluation.metrics",
+        "evaluation.stages",
+        "evaluation.export",
+        "evaluation.best_of",
+        "evaluation.discriminator",
+    ),
     *(f"teacher.{name}" for name in ("base_url", "api_key_env", "concurrency", "max_cost", "price", "timeout", "tries", "retry_wait")),
     *("teacher.requests_per_minute", "teacher.tokens_per_minute", "teacher.batch"),
 )
@@ -117,6 +128,26 @@ class Run:
         """Sends what is new in the folder to the bucket; the first process does so for all."""
         if self._mirror is not None and jax.process_index() == 0:
             self._mirror.push()
+
+    @classmethod
+    def find(cls, place: str) -> "tuple[Run, str]":
+        """The run and the name of the stage that `RUN/STAGE` means; `RUN` means the last stage.
+
+        Raises:
+            UserError: there is no such run or stage, or the stage has no checkpoint.
+        """
+        folder, name = Path(place).expanduser(), None
+        if not (folder / CONFIG).is_file():
+            folder, name = folder.parent, folder.name
+        if not (folder / CONFIG).is_file():
+            raise UserError(place, "is no run", "name a run's folder, or a stage of it: runs/quickstart/gad")
+        run = cls.at(folder)
+        names = list(run.config.stages)
+        if name is not None and name not in names:
+            raise UserError(place, f"the run has no stage {name}", f"use one of {', '.join(names)}")
+        if not run.begun(name or names[-1]):
+            raise UserError(place, "is not trained yet", "run `gadjax train` with its config first")
+        return run, name or names[-1]
 
     @contextmanager
     def begin(self, alone: bool = True) -> Iterator[Clock]:

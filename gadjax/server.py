@@ -1,66 +1,30 @@
-"""An OpenAI-compatible HTTP server, on this machine only, over a function that completes conversations.
+"""An OpenAI-compatible HTTP server over a function that completes conversations.
 
-POST /v1/chat/completions (not streaming) and GET /v1/models; every error has OpenAI's shape.
+POST /v1/chat/completions, streaming or not, and GET /v1/models; every error has OpenAI's shape. It listens on this machine only,
+unless it is given a host and the token that clients must show.
 """
 
+import hmac
+import itertools
 import json
 import logging
 import socket
 import threading
-import time
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, Field, ValidationError
-
+from gadjax.completions import Complete, Piece, read_request, stream, whole
 from gadjax.errors import UserError
-from gadjax.prompts import checked_messages
-from gadjax.records import Message
 
 HOST = "127.0.0.1"
+LOOPBACK = (HOST, "localhost")
 MAX_BODY = 4 * 2**20  # bytes
+FAULT = "the server failed; its log says why"
 IDLE_SECONDS = 60.0  # after which a connection that says nothing is closed
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One response to a conversation.
-
-    Attributes:
-        text: what the assistant says.
-        truncated: the length limit ended it.
-        prompt_tokens, completion_tokens: their numbers of tokens.
-    """
-
-    text: str
-    truncated: bool
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class Complete(Protocol):
-    """Completes a conversation `n` times; called from several threads at once. A UserError is told to the client as status 400."""
-
-    def __call__(
-        self, messages: Sequence[Message], *, temperature: float, max_tokens: int | None, seed: int | None, n: int
-    ) -> Sequence[Completion]: ...
-
-
-class ChatRequest(BaseModel):
-    """The body of a chat completion request, as far as it is understood here; the rest is ignored."""
-
-    messages: list[Any]
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    seed: int | None = None
-    n: int = Field(default=1, ge=1, le=128)
-    stream: bool = False
 
 
 class _Refusal(Exception):
@@ -77,10 +41,10 @@ class _Listener(ThreadingHTTPServer):
     daemon_threads = False  # server_close waits for them
     request_queue_size = 256
 
-    def __init__(self, port: int, model: str, complete: Complete, max_body: int):
-        self.model, self.complete, self.max_body = model, complete, max_body
+    def __init__(self, address: tuple[str, int], model: str, complete: Complete, max_body: int, token: str | None):
+        self.model, self.complete, self.max_body, self.token = model, complete, max_body, token
         self._connections: set[socket.socket] = set()
-        super().__init__((HOST, port), _Handler)
+        super().__init__(address, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
@@ -110,53 +74,66 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # headers and body leave in one packet
 
     def do_GET(self) -> None:
-        self._answer({"/v1/models": self._models})
+        self._answer("/v1/models", self._models)
 
     def do_POST(self) -> None:
-        self._answer({"/v1/chat/completions": self._chat})
+        self._answer("/v1/chat/completions", self._chat)
 
-    def _answer(self, routes: dict[str, Callable[[], dict[str, Any]]]) -> None:
+    def _answer(self, path: str, act: Callable[[], None]) -> None:
         try:
-            route = routes.get(self.path.partition("?")[0])
-            if route is None:
+            if self.path.partition("?")[0] != path:
                 raise _Refusal(HTTPStatus.NOT_FOUND, f"there is no {self.command} {self.path}")
-            status, content = HTTPStatus.OK, route()
+            self._check_token()
+            act()
         except _Refusal as refusal:
-            status, content = refusal.status, _error(refusal.status, str(refusal))
+            self._send(refusal.status, _error(refusal.status, str(refusal)))
+        except UserError as mistake:
+            self._send(HTTPStatus.BAD_REQUEST, _error(HTTPStatus.BAD_REQUEST, str(mistake), mistake.where))
+        except (ConnectionError, TimeoutError):
+            raise  # the client went away
         except Exception:
             log.exception("a request failed")
-            status = HTTPStatus.INTERNAL_SERVER_ERROR
-            content = _error(status, "the server failed; its log says why")
-        self._send(status, content)
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, _error(HTTPStatus.INTERNAL_SERVER_ERROR, FAULT))
 
-    def _models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": self.server.model, "object": "model", "created": 0, "owned_by": "gadjax"}]}
+    def _check_token(self) -> None:
+        token, shown = self.server.token, self.headers.get("Authorization", "")
+        if token is not None and not hmac.compare_digest(shown.encode(), f"Bearer {token}".encode()):
+            raise _Refusal(HTTPStatus.UNAUTHORIZED, "the API key is not the token of this server")
 
-    def _chat(self) -> dict[str, Any]:
-        request = self._request()
+    def _models(self) -> None:
+        model = {"id": self.server.model, "object": "model", "created": 0, "owned_by": "gadjax"}
+        self._send(HTTPStatus.OK, {"object": "list", "data": [model]})
+
+    def _chat(self) -> None:
+        request = read_request(self._body())
+        with closing(self.server.complete(request.ask())) as pieces:
+            if request.stream:
+                first = next(pieces)  # before the headers: what is wrong with the request is told by its status
+                self._send_stream(itertools.chain([first], pieces), request.stream_options.get("include_usage", False))
+            else:
+                self._send(HTTPStatus.OK, whole(self.server.model, pieces))
+
+    def _send_stream(self, pieces: Iterable[Piece], include_usage: bool) -> None:
+        """Server-sent events, each in a chunk of its own. An error on the way is the last event."""
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
         try:
-            completions = self.server.complete(
-                checked_messages(request.messages, "messages"),
-                temperature=request.temperature,
-                max_tokens=request.max_completion_tokens or request.max_tokens,
-                seed=request.seed,
-                n=request.n,
-            )
-        except UserError as error:
-            raise _Refusal(HTTPStatus.BAD_REQUEST, str(error)) from error
-        return _reply(self.server.model, completions)
+            for event in stream(self.server.model, pieces, include_usage):
+                self._send_chunk(f"data: {json.dumps(event)}\n\n".encode())
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            log.exception("a stream failed")
+            self._send_chunk(f"data: {json.dumps(_error(HTTPStatus.INTERNAL_SERVER_ERROR, FAULT))}\n\n".encode())
+        self._send_chunk(b"data: [DONE]\n\n")
+        self._send_chunk(b"")
 
-    def _request(self) -> ChatRequest:
-        try:
-            request = ChatRequest.model_validate(json.loads(self._body()))
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            raise _Refusal(HTTPStatus.BAD_REQUEST, f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
-        except (ValueError, RecursionError) as error:
-            raise _Refusal(HTTPStatus.BAD_REQUEST, f"the body is not JSON ({error})") from error
-        if request.stream:
-            raise _Refusal(HTTPStatus.BAD_REQUEST, "stream: streaming is not offered; leave it out")
-        return request
+    def _send_chunk(self, content: bytes) -> None:
+        self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
+        self.wfile.flush()
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
@@ -190,30 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def _error(status: int, message: str) -> dict[str, Any]:
+def _error(status: int, message: str, field: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-def _reply(model: str, completions: Sequence[Completion]) -> dict[str, Any]:
-    prompt, completion = completions[0].prompt_tokens, sum(each.completion_tokens for each in completions)
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": each.text, "refusal": None},
-            "finish_reason": "length" if each.truncated else "stop",
-            "logprobs": None,
-        }
-        for index, each in enumerate(completions)
-    ]
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": choices,
-        "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
-    }
+    return {"error": {"message": message, "type": kind, "param": field, "code": None}}
 
 
 class Server:
@@ -222,22 +178,27 @@ class Server:
     Args:
         port: 0 takes a free one; `address` tells which.
         max_body: bytes; a longer request is refused.
+        host: where to listen. Whoever can reach it is answered, so that another host than this machine needs a token.
+        token: what clients must show as their API key; None asks for none.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the address is taken, or open to others without a token.
     """
 
-    def __init__(self, complete: Complete, model: str, port: int = 0, max_body: int = MAX_BODY):
+    def __init__(self, complete: Complete, model: str, port: int = 0, max_body: int = MAX_BODY, host: str = HOST, token: str | None = None):
+        if host not in LOOPBACK and not token:
+            raise UserError("host", f"{host} can be reached by others, and there is no token", "set one, or leave the host out")
         try:
-            self._listener = _Listener(port, model, complete, max_body)
+            self._listener = _Listener((host, port), model, complete, max_body, token)
         except OSError as error:
-            raise UserError("port", f"{port} cannot be listened at ({error.strerror})", "name another port") from error
+            raise UserError("port", f"{host}:{port} cannot be listened at ({error.strerror})", "name another port") from error
         self._thread = threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.05}, name="gadjax-server")
+        self._host = host
 
     @property
     def address(self) -> str:
         """The base URL for clients."""
-        return f"http://{HOST}:{self._listener.server_port}/v1"
+        return f"http://{self._host}:{self._listener.server_port}/v1"
 
     def start(self) -> None:
         self._thread.start()

@@ -203,11 +203,21 @@ class Programs:
 
     @cached_property
     def discriminator_step(self) -> jax.stages.Wrapped:
-        """(discriminator, rows) -> (discriminator, scores_BJ, metrics); the discriminator is donated."""
+        """(discriminator, rows[, rate]) -> (discriminator, scores_BJ, metrics); the discriminator is donated."""
         assert self.algorithm.discriminator is not None
+        return self._of_discriminator(self.algorithm.discriminator)
+
+    @cached_property
+    def scores_step(self) -> jax.stages.Wrapped:
+        """The same without an update."""
+        assert isinstance(self.stage, SamplingStageConfig)
+        smoothing, models = self.stage.discriminator.label_smoothing, self.models
+        return self._of_discriminator(gad.make_discriminator_step(models.discriminator, models.optimizer, train=False, smoothing=smoothing))
+
+    def _of_discriminator(self, step: Callable[..., Any]) -> jax.stages.Wrapped:
         everywhere = replicated(self.models.mesh)
         role = shardings_of(self.models.abstract_role(self.models.discriminator))
-        return self.models.jit(self.algorithm.discriminator, donate_argnums=0, out_shardings=(role, everywhere, everywhere))
+        return self.models.jit(step, donate_argnums=0, out_shardings=(role, everywhere, everywhere))
 
     @cached_property
     def score(self) -> Callable[[Params, PackedRows], jax.Array]:

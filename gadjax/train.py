@@ -6,7 +6,7 @@ rows of the student's responses -> student (update). A stage without a discrimin
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gadjax.algorithms.balance import Balancer
 from gadjax.algorithms.stage import Guidance
 from gadjax.checkpointing import Checkpoints
 from gadjax.data.packing import pack
 from gadjax.data.pipeline import batches
 from gadjax.errors import UserError
-from gadjax.metrics import MetricsLog
+from gadjax.health import Watch
+from gadjax.metrics import FILE, MetricsLog, read
 from gadjax.records import TokenGroup
 from gadjax.session import Session
 from gadjax.sharding import replicated
@@ -88,6 +90,7 @@ class Stage:
         reference: the student's parameters at the start of the stage, where the algorithm reads them.
         state: both models; changed by every step.
         key: of the rollouts.
+        balancer: what is regulated from step to step.
         last: the step that was started last.
     """
 
@@ -97,6 +100,7 @@ class Stage:
     reference: Params | None
     state: TrainState
     key: jax.Array
+    balancer: Balancer
     last: Pending | None = None
 
     def step(self, index: int, groups: Sequence[TokenGroup]) -> Pending:
@@ -109,7 +113,7 @@ class Stage:
         teacher = [[group.teacher] for group in groups]
         host, device, rows = Floats(), dict[str, Any](), None
         sampled, logps, scores = list[Any](), None, None
-        learns = index >= algorithm.student_begins
+        learns = index >= algorithm.student_begins and self.balancer.student_learns(index - algorithm.student_begins)
         if algorithm.discriminator is not None:
             rollout = programs.sampler(self.state.student.params, prompts, self.key, index)
             sampled, logps = responses_of(rollout)
@@ -118,8 +122,8 @@ class Stage:
             both = [own + others for own, others in zip(teacher, sampled, strict=True)]
             rows = self._placed(pack(prompts, both, programs.discriminator_rows()))
             watch.lap("data")
-            discriminator, scores, more = programs.discriminator_step(self.state.discriminator, rows)
-            self.state = self.state._replace(discriminator=discriminator)
+            scores, more = self._judge(rows)
+            host |= self.balancer.metrics
             device |= more
         if learns:  # packed while the device works
             read, logps = (teacher, None) if algorithm.student_reads == "teacher" else (sampled, logps)
@@ -127,11 +131,30 @@ class Stage:
         jax.block_until_ready(scores)
         watch.lap("data" if scores is None else "discriminator")
         if learns:
-            student, more = programs.student_step(self.state.student, rows, Guidance(self.reference, scores))
+            guidance = Guidance(self.reference, scores, self._lengths(teacher, sampled), self._everywhere(np.float32(self.balancer.spread)))
+            student, more = programs.student_step(self.state.student, rows, guidance)
             self.state = self.state._replace(student=student)
             device |= more
         self.last = Pending(host, device, watch, open=learns)
         return self.last
+
+    def _judge(self, rows: PackedRows) -> tuple[jax.Array, dict[str, Any]]:
+        """The discriminator's step: scores and metrics. At rate 0 it scores and does not learn."""
+        programs, balancer = self.programs, self.balancer
+        step = programs.discriminator_step if balancer.rate else programs.scores_step
+        rate = [self._everywhere(np.float32(balancer.rate))] if balancer.changes_rate else []
+        discriminator, scores, metrics = step(self.state.discriminator, rows, *rate)
+        self.state = self.state._replace(discriminator=discriminator)
+        return scores, metrics
+
+    def _lengths(self, teacher: Sequence[Sequence[Any]], sampled: Sequence[Sequence[Any]]) -> jax.Array | None:
+        if not sampled:
+            return None
+        lengths = [[len(one) for one in (*own, *others)] for own, others in zip(teacher, sampled, strict=True)]
+        return self._everywhere(np.array(lengths, np.int32))
+
+    def _everywhere(self, value: Any) -> jax.Array:
+        return jax.device_put(value, replicated(self.session.models.mesh))
 
     def _placed(self, rows: PackedRows) -> PackedRows:
         return self.session.models.place_rows(rows)
@@ -152,11 +175,15 @@ def open_stage(session: Session, name: str) -> Stage:
     programs = Programs.of(session.run.config, name, session.total_steps(name), session.models, session.text.end_of_turn)
     state = session.first_state(name)
     reference = session.models.reference(state.student.params) if programs.algorithm.needs_reference else None
-    return Stage(session, name, programs, reference, state, jax.device_put(session.key, replicated(session.models.mesh)))
+    key = jax.device_put(session.key, replicated(session.models.mesh))
+    return Stage(session, name, programs, reference, state, key, Balancer(programs.algorithm.balance))
 
 
-def train_stage(session: Session, name: str) -> None:
-    """Trains one stage to its end, from its last checkpoint if it has one. A finished stage is left as it is."""
+def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: None) -> None:
+    """Trains one stage to its end, from its last checkpoint if it has one. A finished stage is left as it is.
+
+    `show` is called when there are new numbers to show.
+    """
     total, stage_config = session.total_steps(name), session.run.config.stages[name]
     with Checkpoints(session.run.checkpoints(name)) as checkpoints:
         done = checkpoints.latest or 0
@@ -170,13 +197,15 @@ def train_stage(session: Session, name: str) -> None:
             stage.state, host = checkpoints.restore(done, abstract)
             session.snapshot.check_origin(host["snapshot"], session.run.checkpoints(name))
             data.set_state(host["data"])
+            stage.balancer.state = host["balance"]
             stage.key = jax.device_put(jax.random.wrap_key_data(jnp.array(host["key"], jnp.uint32)), stage.key.sharding)
         with MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) as log:
-            _loop(stage, data, log, checkpoints, done, total)
+            _loop(stage, data, log, checkpoints, done, total, show)
 
 
-def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, done: int, total: int) -> None:
+def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, done: int, total: int, show: Callable[[], None]) -> None:
     config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
+    doctor = Watch(stage.name, read(stage.session.run.stage(stage.name) / FILE))
     if not done:
         first = validate(stage.state)
         log.write(0, first)
@@ -186,8 +215,13 @@ def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, do
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
             metrics = refuse_nan(stage.name, step, pending.fetch() | more)
+            stage.balancer.see(metrics)
             log.write(step, metrics)
             advance(step, summary(metrics))
+            for news in doctor.see({"step": step} | metrics):
+                say(news)
+            if more:
+                show()
 
         late: Pending | None = None
         for index in range(done, total):
@@ -203,7 +237,7 @@ def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, do
                 late = None
             if saves:
                 key = np.asarray(jax.random.key_data(stage.key)).tolist()
-                host = {"data": data.get_state(), "key": key, "snapshot": stage.session.snapshot.digest}
+                host = {"data": data.get_state(), "key": key, "snapshot": stage.session.snapshot.digest, "balance": stage.balancer.state}
                 stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
                 checkpoints.save(step, stage.state, host)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "gadjax"
-HOST_SIDE = re.compile(r"(records|section|errors|files|terminal|rows|prompts|text|server|moderation)\.py|(teachers|data)/.*")
+HOST_SIDE = re.compile(r"(records|section|errors|files|terminal|rows|prompts|text|server|completions|moderation)\.py|(teachers|data)/.*")
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 OTHER_TRADES = re.compile(r"(?<![a-z])(critics?|actors?|policy[ _-]?workers?)(?![a-z])", re.IGNORECASE)
 

@@ -77,7 +77,7 @@ def test_the_page_shows_cache_data_and_student_side_by_side(tmp_path: Path) -> N
         cache.record(zip(asked, done, strict=False))
     written = write_audit(run, ["student", "gad"])
     assert written == run / "report" / "data.html"
-    page = Page(written.read_text())
+    page = Page((run / "report" / "data.html").read_text())
     for text in (
         "Collected from openai gpt",
         "answers 2 1 2 1 0 1 $0.75",

@@ -9,17 +9,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from gadjax.completions import Ask, Piece
 from gadjax.errors import UserError
 from gadjax.prompts import PromptsConfig
 from gadjax.records import Answer, Prompt
-from gadjax.server import Completion
 from gadjax.teachers import dispatch, file, grammar
 from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.collect import Summary, answers, collect, requests_for
@@ -290,14 +290,14 @@ def test_the_tutor_answers_alike_in_every_order(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_tutor_s_answer_depends_on_the_request_alone() -> None:
-    def answer(text: str, seed: int | None) -> Sequence[Completion]:
-        return complete([{"role": "user", "content": text}], temperature=1.0, max_tokens=None, seed=seed, n=8)
+    def answer(text: str, seed: int | None) -> list[Piece]:
+        return list(complete(Ask(messages=({"role": "user", "content": text},), seed=seed, n=8)))
 
     one, two = grammar.prompts(2, seed=0)
     first = answer(one, 0)
     answer(two, 0)
     assert answer(one, 0) == first
-    assert len({completion.text for completion in first}) > 1
+    assert len({piece.text for piece in first}) > 1
     assert answer(one, 1) != first
 
 

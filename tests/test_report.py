@@ -246,3 +246,22 @@ def test_panels_are_drawn_where_there_are_metrics():
 @pytest.mark.parametrize(("value", "text"), [(12345.0, "12.35k"), (0.30000000000000004, "0.3"), (0.0, "0"), (1234.5, "1234")])
 def test_numbers(value: float, text: str):
     assert number(value) == text
+
+
+# --- health and refreshing ---------------------------------------------------------------------------------------------
+
+
+def test_health_is_told_and_a_run_under_way_reloads(tmp_path: Path):
+    with MetricsLog(tmp_path / "stages" / "gad", tmp_path / "tensorboard") as log:
+        for step in range(1, 30):
+            held_out = {"validation/discriminator_accuracy": 0.5 if step < 20 else 0.7}
+            log.write(step, {"student/reward_std": 1.0, "discriminator/accuracy": 0.7} | held_out)
+    with MetricsLog(tmp_path / "stages" / "seqkd", tmp_path / "tensorboard2") as log:
+        log.write(1, {"student/loss": 2.0})
+    text = page(tmp_path).text
+    assert "steps 1 to 19 : the discriminator is right on only 0.50" in text
+    assert "stages.gad.discriminator.learning_rate" in text
+    assert text.count("Nothing is wrong") == 1
+    html = write_report(tmp_path, ["seqkd", "gad"], under_way="gad").read_text(encoding="utf-8")
+    assert '<meta http-equiv="refresh" content="30">' in html and "under way: gad" in Page(html).text
+    assert "refresh" not in write_report(tmp_path, ["seqkd", "gad"]).read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from http.client import HTTPConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,22 +12,35 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from gadjax.completions import Ask, Piece, Token
 from gadjax.errors import UserError
-from gadjax.records import Message
-from gadjax.server import Completion, Server
+from gadjax.server import Server
 
 MAX_BODY = 10_000
+CLOSED = threading.Event()  # a stream was
 GOOD = {"model": "any", "messages": [{"role": "user", "content": "hi 🙂"}]}
 
 
-def echo(messages: Sequence[Message], *, temperature: float, max_tokens: int | None, seed: int | None, n: int) -> Sequence[Completion]:
-    """Tells what it was asked."""
-    asked = messages[-1]["content"]
+def echo(ask: Ask) -> Generator[Piece, None, None]:
+    """Tells what it was asked; in two pieces and with its tokens, where those are wanted."""
+    asked = ask.messages[-1]["content"]
     if asked == "mine":
         raise UserError("messages", "not understood", "ask otherwise")
     if asked == "fault":
         raise ValueError("a secret of the server")
-    return [Completion(f"{asked} {temperature} {max_tokens} {seed} {i}", i == 1, 3, 5) for i in range(n)]
+    try:
+        for choice in range(ask.n):
+            text = f"{asked} {ask.temperature} {ask.top_p} {ask.max_tokens} {ask.seed} {list(ask.stop)} "
+            tokens = () if ask.top is None else (Token(text, -0.5, (("é", -0.25), ("\ufffd", -2.0))[: ask.top]),)
+            yield Piece(choice=choice, text=text, tokens=tokens, prompt_tokens=3, completion_tokens=4)
+            if asked == "late fault":
+                raise ValueError("a secret of the server")
+            if asked == "endless":
+                yield from (Piece(text="x" * 1000, prompt_tokens=3, completion_tokens=1) for _ in range(50_000))
+            finish = "length" if choice else "stop"
+            yield Piece(choice=choice, text=str(choice), finish=finish, prompt_tokens=3, completion_tokens=1, score=0.5)
+    finally:
+        CLOSED.set()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +72,7 @@ def test_the_openai_client_is_answered(server: Server) -> None:
             model="any", messages=[{"role": "user", "content": "hi 🙂"}], temperature=0.5, max_completion_tokens=7, seed=9, n=2
         )
         assert [model.id for model in client.models.list()] == ["echo"]
-    assert [choice.message.content for choice in reply.choices] == ["hi 🙂 0.5 7 9 0", "hi 🙂 0.5 7 9 1"]
+    assert [choice.message.content for choice in reply.choices] == ["hi 🙂 0.5 1.0 7 9 [] 0", "hi 🙂 0.5 1.0 7 9 [] 1"]
     assert [choice.finish_reason for choice in reply.choices] == ["stop", "length"]
     assert reply.usage is not None
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (3, 10, 13)
@@ -67,7 +80,72 @@ def test_the_openai_client_is_answered(server: Server) -> None:
 
 def test_defaults_and_the_older_name_of_the_limit(server: Server) -> None:
     content = [choice["message"]["content"] for choice in chat(server, {**GOOD, "max_tokens": 4})[1]["choices"]]
-    assert content == ["hi 🙂 1.0 4 None 0"]
+    assert content == ["hi 🙂 1.0 1.0 4 None [] 0"]
+
+
+def test_fields_that_change_nothing_are_accepted(server: Server) -> None:
+    neutral = {"presence_penalty": 0, "logit_bias": None, "response_format": {"type": "text"}, "user": "u", "tools": [], "stop": None}
+    assert chat(server, {**GOOD, **neutral})[0] == 200
+
+
+def test_the_openai_client_is_answered_by_a_stream(server: Server) -> None:
+    with openai.OpenAI(base_url=server.address, api_key="any") as client:
+        stream = client.chat.completions.create(
+            model="any",
+            messages=[{"role": "user", "content": "hi"}],
+            n=2,
+            top_p=0.5,
+            stop="\n",
+            logprobs=True,
+            top_logprobs=2,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        *chunks, last = list(stream)
+    assert [(c.choices[0].index, c.choices[0].delta.role, c.choices[0].finish_reason) for c in chunks] == [
+        (0, "assistant", None),
+        (0, None, "stop"),
+        (1, "assistant", None),
+        (1, None, "length"),
+    ]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:2]) == "hi 1.0 0.5 None None ['\\n'] 0"
+    assert not last.choices and last.usage is not None and last.usage.total_tokens == 13
+    told = chunks[0].choices[0].logprobs
+    assert told is not None and told.content is not None
+    assert [(each.token, each.logprob, each.bytes) for each in told.content[0].top_logprobs] == [
+        ("é", -0.25, [0xC3, 0xA9]),
+        ("\ufffd", -2.0, None),
+    ]
+    assert chunks[1].choices[0].logprobs is None
+    assert getattr(chunks[1].choices[0], "discriminator_score") == 0.5  # noqa: B009 (the client's types do not know it)
+
+
+def test_a_fault_on_the_way_ends_a_stream_and_a_client_that_goes_closes_it(server: Server) -> None:
+    with openai.OpenAI(base_url=server.address, api_key="any") as client:
+        with pytest.raises(openai.APIError, match="its log says why"):
+            list(client.chat.completions.create(model="any", messages=[{"role": "user", "content": "late fault"}], stream=True))
+        CLOSED.clear()
+        endless = client.chat.completions.create(model="any", messages=[{"role": "user", "content": "endless"}], n=2, stream=True)
+        next(iter(endless))
+        assert not CLOSED.is_set()
+        endless.close()
+        assert CLOSED.wait(10)
+    assert chat(server, GOOD)[0] == 200
+
+
+def test_a_token_is_asked_for_and_others_are_let_in_only_with_one() -> None:
+    with Server(echo, model="echo", token="wonderful") as guarded:
+        for key, welcome in (("wonderful", True), ("wonderfu", False), ("naïve", False)):
+            body = json.dumps(GOOD).encode()
+            connection = connect(guarded)
+            connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {key}".encode()})
+            response = connection.getresponse()
+            assert response.status == (200 if welcome else 401)
+            assert "wonderful" not in response.read().decode()
+            connection.close()
+        assert call(guarded, "GET", "/v1/models")[0] == 401
+    with pytest.raises(UserError, match="there is no token"):
+        Server(echo, model="echo", host="0.0.0.0")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +167,15 @@ def test_defaults_and_the_older_name_of_the_limit(server: Server) -> None:
         (b'{"messages": [], "temperature": NaN}', 400, "temperature"),
         ({**GOOD, "max_tokens": 0}, 400, "max_tokens"),
         ({**GOOD, "n": 1000}, 400, "n: "),
-        ({**GOOD, "stream": True}, 400, "stream"),
+        ({**GOOD, "stream": "perhaps"}, 400, "stream"),
+        ({**GOOD, "top_p": 0}, 400, "top_p"),
+        ({**GOOD, "stop": [""]}, 400, "stop string is empty"),
+        ({**GOOD, "stop": ["a"] * 5}, 400, "stop"),
+        ({**GOOD, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+        ({**GOOD, "presence_penalty": 0.5}, 400, "presence_penalty: is not supported"),
+        ({**GOOD, "tools": [{"type": "function"}]}, 400, "tools: is not supported"),
+        ({**GOOD, "top_k": 5}, 400, "top_k: is not supported"),
+        ({**GOOD, "stream": True, "messages": [{"role": "user", "content": "mine"}]}, 400, "not understood"),
         ({"messages": [{"role": "user", "content": "mine"}]}, 400, "not understood"),
         ({"messages": [{"role": "user", "content": "fault"}]}, 500, "its log"),
         (b"x" * (MAX_BODY + 1), 413, "more than"),
@@ -142,10 +228,10 @@ def test_a_connection_serves_many_requests_without_delay(server: Server) -> None
 def test_stopping_waits_for_answers_and_not_for_idle_connections() -> None:
     entered, go = threading.Event(), threading.Event()
 
-    def slow(messages: Sequence[Message], **_: object) -> Sequence[Completion]:
+    def slow(ask: Ask) -> Generator[Piece, None, None]:
         entered.set()
         go.wait(10)
-        return [Completion("late", False, 1, 1)]
+        yield Piece(text="late", finish="stop", prompt_tokens=1, completion_tokens=1)
 
     before = set(threading.enumerate())
     server, replies = Server(slow, model="slow"), list[int]()

@@ -61,19 +61,21 @@ class Tiny:
     def run(self) -> Path:
         return self.folder / "runs" / "tiny"
 
-    def gadjax(self, *arguments: str, program: str = MAIN) -> subprocess.CompletedProcess[str]:
-        """`gadjax ARGUMENTS` in a process of its own, on two devices."""
-        environment = {
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a process of its own: two devices, and what was compiled before."""
+        return os.environ | {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(Path(__file__).parent.parent),
         }
+
+    def gadjax(self, *arguments: str, program: str = MAIN) -> subprocess.CompletedProcess[str]:
+        """`gadjax ARGUMENTS` in a process of its own."""
         command = [sys.executable, "-c", program, *arguments]
-        return subprocess.run(
-            command, cwd=self.folder, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
-        )
+        return subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 @cache

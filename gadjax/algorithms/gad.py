@@ -25,8 +25,16 @@ import optax
 from pydantic import Field
 
 from gadjax import losses
+from gadjax.algorithms.balance import BalanceConfig, make_advantages, make_rewards, reward_metrics
 from gadjax.algorithms.forward import accumulate, response_log_probs, response_mask, response_scores, sum_over
-from gadjax.algorithms.stage import Algorithm, DiscriminatorStep, Guidance, OptimizerAt, SamplingStageConfig, StudentStep
+from gadjax.algorithms.stage import (
+    Algorithm,
+    DiscriminatorStep,
+    Guidance,
+    OptimizerAt,
+    SamplingStageConfig,
+    StudentStep,
+)
 from gadjax.models.decoder import Network
 from gadjax.optimizer import update
 from gadjax.types import Metrics, MicroBatch, PackedRows, Params, Role
@@ -41,6 +49,7 @@ class GadConfig(SamplingStageConfig):
         group_size: N; at least 2, because an advantage compares responses of one group.
         kl_weight: β.
         updates_per_rollout: optimizer updates on one batch of samples; with more than one, logp_old is the sampler's.
+        balance: between the two models.
     """
 
     algorithm: str = "gad"
@@ -48,6 +57,7 @@ class GadConfig(SamplingStageConfig):
     group_size: int = Field(default=8, ge=2)
     kl_weight: float = Field(default=0.001, ge=0)
     updates_per_rollout: int = Field(default=1, ge=1)
+    balance: BalanceConfig = BalanceConfig()
 
 
 def common_scores(scores_BJ: jax.Array, first_BJ: jax.Array) -> jax.Array:
@@ -76,8 +86,10 @@ def make_score(network: Network) -> Score:
     return score
 
 
-def make_discriminator_step(network: Network, optimizer: optax.GradientTransformation, *, train: bool = True) -> DiscriminatorStep:
-    """Builds `step(discriminator, rows) -> (discriminator, scores_BJ, metrics)`.
+def make_discriminator_step(
+    network: Network, optimizer: optax.GradientTransformation, *, train: bool = True, smoothing: float = 0.0
+) -> DiscriminatorStep:
+    """Builds `step(discriminator, rows, rate=None) -> (discriminator, scores_BJ, metrics)`.
 
     The rows hold prompt + teacher + N students per group. One forward gives the loss and the scores, which are those before
     the update. With `train=False` (the paper's off-policy study) the discriminator scores and stays as it is.
@@ -86,43 +98,41 @@ def make_discriminator_step(network: Network, optimizer: optax.GradientTransform
 
     def loss(params: Params, micro: MicroBatch) -> tuple[jax.Array, jax.Array]:
         scores_BJ = response_scores(network, params, micro)
-        pairs_BN = losses.bradley_terry(scores_BJ[:, 0], scores_BJ[:, 1:])
+        pairs_BN = losses.bradley_terry(scores_BJ[:, 0], scores_BJ[:, 1:], smoothing)
         return jnp.sum(jnp.where(micro.here_BJ[:, 1:], pairs_BN, 0.0)) / pairs_BN.size, scores_BJ
 
     def metrics_of(scores_BJ: jax.Array) -> Metrics:
-        pairs_BN = losses.bradley_terry(scores_BJ[:, 0], scores_BJ[:, 1:])
+        pairs_BN = losses.bradley_terry(scores_BJ[:, 0], scores_BJ[:, 1:], smoothing)
         return score_metrics(scores_BJ) | {"discriminator/loss": jnp.mean(pairs_BN)}
 
-    def step(role: Role, rows: PackedRows) -> tuple[Role, jax.Array, Metrics]:
+    def step(role: Role, rows: PackedRows, rate: jax.Array | None = None) -> tuple[Role, jax.Array, Metrics]:
         grads, raw_BJ = accumulate(loss, role.params, rows)
         scores_BJ = common_scores(raw_BJ, rows.first_BJ)
-        role, grad_norm = update(optimizer, role, grads)
+        role, grad_norm = update(optimizer, role, grads, rate)
         return role, scores_BJ, metrics_of(scores_BJ) | {"discriminator/grad_norm": grad_norm}
 
-    def frozen_step(role: Role, rows: PackedRows) -> tuple[Role, jax.Array, Metrics]:
+    def frozen_step(role: Role, rows: PackedRows, rate: jax.Array | None = None) -> tuple[Role, jax.Array, Metrics]:
+        del rate
         scores_BJ = common_scores(score(role.params, rows), rows.first_BJ)
         return role, scores_BJ, metrics_of(scores_BJ)
 
     return step if train else frozen_step
 
 
-def reward_metrics(rewards_BN: jax.Array) -> Metrics:
-    """The rewards' mean, their spread within groups, and the share of groups without any."""
-    _, spread_B = losses.group_spread(rewards_BN)
-    return {
-        "student/reward_mean": jnp.mean(rewards_BN),
-        "student/reward_std": jnp.mean(spread_B),
-        "rollout/zero_std_fraction": jnp.mean((spread_B == 0).astype(jnp.float32)),
-    }
-
-
 def make_student_step(
-    network: Network, optimizer: optax.GradientTransformation, *, temperature: float, kl_weight: float, updates: int = 1
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    *,
+    temperature: float,
+    kl_weight: float,
+    updates: int = 1,
+    balance: BalanceConfig = BalanceConfig(),  # noqa: B008 (it is frozen)
 ) -> StudentStep:
     """Builds `step(student, rows, guidance) -> (student, metrics)`; the rows hold prompt + N students per group.
 
     With several `updates` the metrics are those of the last one, but the gap to the sampler is that of the first.
     """
+    rewards, advantages = make_rewards(balance), make_advantages(balance)
 
     def share(values_ML: jax.Array, micro: MicroBatch) -> jax.Array:
         return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.total
@@ -130,8 +140,8 @@ def make_student_step(
     def step(role: Role, rows: PackedRows, guidance: Guidance) -> tuple[Role, Metrics]:
         reference, scores_BJ = guidance.reference, guidance.scores_BJ
         assert reference is not None and scores_BJ is not None
-        rewards_BN = scores_BJ[:, 1:]
-        advantages_BN = losses.group_advantages(rewards_BN)
+        rewards_BN = rewards(scores_BJ, guidance.lengths_BJ)
+        advantages_BN = advantages(rewards_BN, guidance.spread)
 
         def loss(params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:
             cells = micro.cells
@@ -171,10 +181,15 @@ def build(config: GadConfig, optimizer_at: OptimizerAt, student: Network, discri
             temperature=config.temperature,
             kl_weight=config.kl_weight,
             updates=config.updates_per_rollout,
+            balance=config.balance,
         ),
         discriminator=make_discriminator_step(
-            discriminator, optimizer_at(config.discriminator.learning_rate), train=config.discriminator.train
+            discriminator,
+            optimizer_at(config.discriminator.learning_rate),
+            train=config.discriminator.train,
+            smoothing=config.discriminator.label_smoothing,
         ),
+        balance=config.balance,
         student_reads="samples",
         needs_reference=True,
     )

@@ -5,13 +5,14 @@ Algorithm`. The loop knows no more.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
 from pydantic import Field
 
+from gadjax.algorithms.balance import BalanceConfig
 from gadjax.optimizer import ScheduleConfig
 from gadjax.section import Section
 from gadjax.types import Metrics, PackedRows, Params, Role
@@ -26,11 +27,13 @@ class DiscriminatorConfig(Section):
         from_: where its parameters and optimizer come from: a stage, RUN/STAGE of another run, the folder of an exported
             discriminator, or `student` for a copy of the stage's first student with a fresh head. By default the stage's own
             `from` if that has a discriminator, else `student`.
+        label_smoothing: ε, the share of a pair that counts as its reverse; it bounds the margin.
     """
 
     learning_rate: float = Field(default=1e-6, gt=0)
     train: bool = True
     from_: str | None = Field(default=None, alias="from")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
 
 
 class StageConfig(Section):
@@ -84,10 +87,14 @@ class Guidance(NamedTuple):
     Attributes:
         reference: the student's parameters at the start of the stage.
         scores_BJ: the discriminator's scores of this batch before its update, teacher first.
+        lengths_BJ: int32 tokens of the same responses.
+        spread: float32 mean spread of the rewards in the steps before; 0 in the first.
     """
 
     reference: Params | None
     scores_BJ: jax.Array | None
+    lengths_BJ: Any = None
+    spread: Any = None
 
 
 class OptimizerAt(Protocol):
@@ -98,7 +105,7 @@ class OptimizerAt(Protocol):
         ...
 
 
-DiscriminatorStep = Callable[[Role, PackedRows], tuple[Role, jax.Array, Metrics]]
+DiscriminatorStep = Callable[..., tuple[Role, jax.Array, Metrics]]
 StudentStep = Callable[[Role, PackedRows, Guidance], tuple[Role, Metrics]]
 
 
@@ -108,11 +115,12 @@ class Algorithm:
 
     Attributes:
         student: (student, rows, guidance) -> (student, metrics).
-        discriminator: (discriminator, rows of teacher and samples) -> (discriminator, scores_BJ, metrics), or None in a
-            stage without one. A stage that has one samples.
+        discriminator: (discriminator, rows of teacher and samples, rate) -> (discriminator, scores_BJ, metrics), or None in a
+            stage without one. A stage that has one samples. `rate` may be left out; it is a factor of the learning rate.
         student_reads: the responses in the student's rows: the teacher's, or its own samples.
         student_begins: the first step, counted from 0, in which the student learns.
         needs_reference: whether `student` reads `Guidance.reference`.
+        balance: what is regulated from step to step.
     """
 
     student: StudentStep
@@ -120,3 +128,4 @@ class Algorithm:
     student_reads: str = "teacher"
     student_begins: int = 0
     needs_reference: bool = False
+    balance: BalanceConfig = field(default_factory=BalanceConfig)

@@ -36,7 +36,10 @@ def build(config: WarmupConfig, optimizer_at: OptimizerAt, student: Network, dis
     return Algorithm(
         student=seqkd.make_student_step(student, optimizer_at(config.learning_rate)),
         discriminator=gad.make_discriminator_step(
-            discriminator, optimizer_at(config.discriminator.learning_rate), train=config.discriminator.train
+            discriminator,
+            optimizer_at(config.discriminator.learning_rate),
+            train=config.discriminator.train,
+            smoothing=config.discriminator.label_smoothing,
         ),
         student_begins=config.discriminator.only_first_steps,
     )

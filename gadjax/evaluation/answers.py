@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gadjax.errors import UserError
-from gadjax.evaluation.samples import MODES, Samples
+from gadjax.evaluation.samples import BEST_OF, MODES, Samples
 from gadjax.evaluation.tutor import verdicts
 from gadjax.files import replace_file, to_json
 from gadjax.records import Prompt
@@ -51,7 +51,7 @@ def read_answers(path: Path) -> dict[str, Samples]:
         raise UserError(str(path), "the stage has no answers yet", "run `gadjax evaluate`")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        answers = {mode: _samples(rows, mode) for mode in MODES if any(mode in row for row in rows)}
+        answers = {mode: _samples(rows, mode) for mode in (*MODES, BEST_OF) if any(mode in row for row in rows)}
     except (ValueError, KeyError, TypeError, AttributeError):
         answers = {}
     if not answers:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gadjax.evaluation.config import TextMetric
-from gadjax.evaluation.samples import Samples
+from gadjax.evaluation.samples import BEST_OF, Samples
 from gadjax.evaluation.statistics import by_prompt
 from gadjax.evaluation.texts import distinct_2, overlap, rouge_l
 from gadjax.evaluation.tutor import reverse_kl, verdicts
@@ -30,13 +30,16 @@ def measure(answers: Mapping[str, Samples], texts: Sequence[TextMetric], vocabul
 
     Returns:
         of `greedy`: rouge_l, overlap_1 to overlap_4 as `texts` says, distinct_2, length_mean (tokens) and, with the tutor, greedy_validity;
-        with the tutor, of `sampled_0_8`: validity, correctness; of `sampled_1_0`: reverse_kl (nats).
+        with the tutor, of `sampled_0_8`: validity, correctness; of `sampled_1_0`: reverse_kl (nats);
+        of `best_of`: best_of_rouge_l as `texts` says, best_of_length_mean and, with the tutor, best_of_validity, best_of_correctness.
     """
     found: dict[str, Metric] = {}
     for mode, samples in answers.items():
         if mode == "greedy":
             found |= _texts(samples, texts)
-        if vocabulary is not None:
+        if mode == BEST_OF:
+            found |= _best(samples, texts, tutor=vocabulary is not None)
+        elif vocabulary is not None:
             found |= _tutor(mode, samples, vocabulary)
     return found
 
@@ -49,6 +52,12 @@ def _texts(samples: Samples, wanted: Sequence[TextMetric]) -> dict[str, Metric]:
         values |= {f"overlap_{n}": overlap(samples.texts, samples.teacher, n) for n in (1, 2, 3, 4)}
     metrics = {name: _mean(samples, column) for name, column in values.items()}
     return metrics | {"distinct_2": Metric(distinct_2(samples.texts)), "length_mean": _mean(samples, samples.lengths)}
+
+
+def _best(samples: Samples, wanted: Sequence[TextMetric], tutor: bool) -> dict[str, Metric]:
+    found = {f"{BEST_OF}_rouge_l": _mean(samples, rouge_l(samples.texts, samples.teacher))} if "rouge_l" in wanted else {}
+    found |= {f"{BEST_OF}_{name}": metric for name, metric in _tutor("sampled_0_8", samples, 0).items()} if tutor else {}
+    return found | {f"{BEST_OF}_length_mean": _mean(samples, samples.lengths)}
 
 
 def _tutor(mode: str, samples: Samples, vocabulary: int) -> dict[str, Metric]:

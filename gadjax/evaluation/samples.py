@@ -6,6 +6,8 @@ import numpy as np
 
 from gadjax.records import Prompt
 
+BEST_OF = "best_of"  # the discriminator's choice among several samples at BEST_OF_TEMPERATURE
+BEST_OF_TEMPERATURE = 0.8
 MODES = {"greedy": 0.0, "sampled_0_8": 0.8, "sampled_1_0": 1.0}  # a way of decoding: its temperature, over the whole vocabulary
 
 

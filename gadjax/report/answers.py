@@ -11,7 +11,7 @@ from gadjax.report.charts import Chart, bar_chart
 
 EXAMPLES = 12  # prompts shown
 CHARACTERS = 8_000  # of one answer
-MODES = {"greedy": "greedy", "sampled_0_8": "T = 0.8", "sampled_1_0": "T = 1"}
+MODES = {"greedy": "greedy", "sampled_0_8": "T = 0.8", "sampled_1_0": "T = 1", "best_of": "the discriminator's choice"}
 
 Row = dict[str, Any]
 Answers = Mapping[str, Mapping[str, Row]]  # stage -> id of the prompt -> its object, where `teacher` is a list

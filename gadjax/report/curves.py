@@ -74,6 +74,10 @@ MEANINGS = {
     "validity": "share of answers in one of the tutor's forms, T = 0.8",
     "greedy_validity": "the same, greedy",
     "correctness": "share of answers with the right items, T = 0.8",
+    "best_of_rouge_l": "rouge_l of the discriminator's choice among several samples",
+    "best_of_validity": "validity of the discriminator's choice",
+    "best_of_correctness": "correctness of the discriminator's choice",
+    "best_of_length_mean": "tokens of the discriminator's choice",
     "reverse_kl": "from the tutor, nats per answer; uniform text scores low, too",
 }
 
@@ -86,6 +90,18 @@ def stage_charts(rows: Sequence[Row]) -> list[Chart]:
         lines = [line for line in lines if line.x]
         if lines:
             charts.append(line_chart(panel.title, panel.unit, lines, panel.from_zero))
+    return charts
+
+
+def overlaid_charts(runs: Mapping[str, Sequence[Row]], colours: Mapping[str, int]) -> list[Chart]:
+    """The charts of one stage in several runs: one per metric, with a line for each run that has it."""
+    charts = []
+    for panel in PANELS:
+        for name, label in panel.lines.items():
+            lines = [_series(run, rows, name, colours[run]) for run, rows in runs.items()]
+            if lines := [line for line in lines if line.x]:
+                title = panel.title if len(panel.lines) == 1 else f"{panel.title}: {label}"
+                charts.append(line_chart(title, panel.unit, lines, panel.from_zero))
     return charts
 
 

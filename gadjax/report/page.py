@@ -9,14 +9,15 @@ from markupsafe import Markup
 
 from gadjax.errors import UserError
 from gadjax.files import replace_file
-from gadjax.metrics import read
+from gadjax.health import episodes
+from gadjax.metrics import Row, read
 from gadjax.report.answers import Answers, examples, read_answers, styles
 from gadjax.report.charts import COLOURS
 from gadjax.report.curves import MEANINGS, stage_charts, validation_charts
 from gadjax.report.templates import STYLE, TEMPLATES
 
 
-def write_report(run: Path, stages: Sequence[str]) -> Path:
+def write_report(run: Path, stages: Sequence[str], under_way: str | None = None) -> Path:
     """Writes the page from what is there: a run that is under way has a report too.
 
     Reads `summary.json`, `stages/<name>/metrics.jsonl` and `evaluation/<name>.jsonl`. All text in them, answers above all,
@@ -25,6 +26,7 @@ def write_report(run: Path, stages: Sequence[str]) -> Path:
     Args:
         run: the run's folder; its name is the page's title.
         stages: names of the stages in the order in which they are shown, `student` included where it was evaluated.
+        under_way: what is being done; the page then loads itself anew every half minute.
 
     Returns:
         the page's path.
@@ -37,26 +39,35 @@ def write_report(run: Path, stages: Sequence[str]) -> Path:
     colours = {"teacher": 0} | {stage: 1 + i % (COLOURS - 1) for i, stage in enumerate(stages)}
     rows = {stage: found for stage in stages if (found := read(run / "stages" / stage / "metrics.jsonl"))}
     answers = read_answers(run / "evaluation", stages)
-    summary = _summary(run / "summary.json")
+    summary = read_summary(run / "summary.json")
     training = [{"name": stage, "steps": int(found[-1]["step"]), "charts": stage_charts(found)} for stage, found in rows.items()]
-    page = TEMPLATES.get_template("page.html").render(
+    path = run / "report" / "index.html"
+    write_page(
+        path,
         name=run.resolve().name,
-        style=Markup(STYLE),
         data=(run / "report" / "data.html").exists(),
-        facts=_facts(summary, list(rows)),
-        table=_table(summary) if summary else None,
+        facts=_facts(summary, list(rows)) + ([f"under way: {under_way}"] if under_way else []),
+        reload=under_way is not None,
+        health=[{"stage": stage, "episodes": _episodes(stage, found)} for stage, found in rows.items()],
+        table=table_of(summary) if summary else None,
         styles=styles(answers, colours),
         examples=examples(answers, colours),
         prompts=_prompts(answers),
         validation=validation_charts(rows, colours),
         training=[stage for stage in training if stage["charts"]],
     )
-    path = run / "report" / "index.html"
-    replace_file(path, page)
     return path
 
 
-def _summary(path: Path) -> dict[str, Any] | None:
+def write_page(path: Path, **sections: Any) -> None:
+    """Writes a page of those of the sections of `page.html` that are given."""
+    nothing = {"table": None, "styles": None, "settings": None, "reload": False, "data": False, "prompts": 0}
+    lists = {name: [] for name in ("health", "examples", "validation", "training")}
+    replace_file(path, TEMPLATES.get_template("page.html").render(nothing | lists | {"style": Markup(STYLE)} | sections))
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """A run's `summary.json`, where there is one."""
     if not path.exists():
         return None
     try:
@@ -77,12 +88,26 @@ def _facts(summary: Mapping[str, Any] | None, trained: Sequence[str]) -> list[st
     return facts
 
 
+def _episodes(stage: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What was wrong in a stage, as the page tells it."""
+    last = int(rows[-1]["step"])
+    return [
+        {
+            "steps": f"from step {each.first} on" if each.last == last else f"steps {each.first} to {each.last}",
+            "told": each.finding.told(stage),
+            "over": each.last < last,
+        }
+        for each in episodes(rows)
+    ]
+
+
 def _duration(seconds: float) -> str:
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60:.0f} s"
 
 
-def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
+def table_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a summary."""
     stages = summary["stages"]
     names = dict.fromkeys(name for metrics in stages.values() for name in metrics)
     ordered = [name for name in MEANINGS if name in names] + [name for name in names if name not in MEANINGS]

@@ -36,12 +36,17 @@ def restrict(weights: jax.Array, top_k: int | None, top_p: float) -> jax.Array:
         least = jax.lax.top_k(weights, top_k)[0][..., -1:]
         weights = jnp.where(weights >= least, weights, 0)
     if top_p < 1:
-        sorted_down = jnp.flip(jnp.sort(weights, axis=-1), axis=-1)
-        before = jnp.cumsum(sorted_down, axis=-1) - sorted_down
-        reached = (before.astype(jnp.float32) >= top_p * jnp.sum(weights, axis=-1, keepdims=True).astype(jnp.float32)) & (before > 0)
-        least = jnp.min(jnp.where(reached, jnp.iinfo(jnp.int32).max, sorted_down), axis=-1, keepdims=True)
-        weights = jnp.where(weights >= least, weights, 0)
+        weights = nucleus(weights, top_p)
     return weights
+
+
+def nucleus(weights: jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """[..., V] integer probabilities with 0 for all but the likeliest whose mass reaches the share `top_p`, a number or [..., 1]."""
+    sorted_down = jnp.flip(jnp.sort(weights, axis=-1), axis=-1)
+    before = jnp.cumsum(sorted_down, axis=-1) - sorted_down
+    reached = (before.astype(jnp.float32) >= top_p * jnp.sum(weights, axis=-1, keepdims=True).astype(jnp.float32)) & (before > 0)
+    least = jnp.min(jnp.where(reached, jnp.iinfo(jnp.int32).max, sorted_down), axis=-1, keepdims=True)
+    return jnp.where(weights >= least, weights, 0)
 
 
 def draw(weights_SV: jax.Array, keys_S: jax.Array) -> jax.Array:

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
-from gadjax.records import Message
-from gadjax.server import Completion, Server
+from gadjax.completions import Ask, Piece
+from gadjax.server import Server
 from gadjax.teachers import grammar
 from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import FREE, TeacherConfig
@@ -17,28 +17,31 @@ from gadjax.teachers.requests import Request
 CONCURRENCY = 16  # more brings nothing: server and client share this process
 
 
-def complete(messages: Sequence[Message], *, temperature: float, max_tokens: int | None, seed: int | None, n: int) -> Sequence[Completion]:
+def complete(ask: Ask) -> Generator[Piece, None, None]:
     """Answers the last message. The same messages and seed get the same answers, whatever was asked before.
 
-    The temperature is not heeded: the tutor speaks from its grammar. Its tokens are words.
+    Temperature and top-p are not heeded: the tutor speaks from its grammar. Its tokens are words.
     """
-    digest = hashlib.sha256(json.dumps([*messages, seed], sort_keys=True).encode()).digest()
+    digest = hashlib.sha256(json.dumps([*ask.messages, ask.seed], sort_keys=True).encode()).digest()
     rng = random.Random(int.from_bytes(digest))
-    prompt = messages[-1]["content"]
-    return [_completion(prompt, grammar.sample(prompt, rng), max_tokens) for _ in range(n)]
+    prompt = ask.messages[-1]["content"]
+    for choice in range(ask.n):
+        words = grammar.sample(prompt, rng).split(" ")
+        kept = words[: ask.max_tokens]
+        yield Piece(
+            choice=choice,
+            text=" ".join(kept),
+            finish="length" if len(kept) < len(words) else "stop",
+            prompt_tokens=len(prompt.split(" ")),
+            completion_tokens=len(kept),
+        )
 
 
-def answer(request: Request) -> Completion:
+def answer(request: Request) -> Piece:
     """What the tutor will answer to a request."""
     given = dict(request.parameters)
-    seed, max_tokens = int(given["seed"]), int(given["max_tokens"])
-    return complete(request.messages, temperature=given["temperature"], max_tokens=max_tokens, seed=seed, n=1)[0]
-
-
-def _completion(prompt: str, answer: str, max_tokens: int | None) -> Completion:
-    words = answer.split(" ")
-    kept = words[:max_tokens]
-    return Completion(" ".join(kept), len(kept) < len(words), len(prompt.split(" ")), len(kept))
+    asked = Ask(messages=request.messages, temperature=given["temperature"], max_tokens=int(given["max_tokens"]), seed=int(given["seed"]))
+    return next(complete(asked))
 
 
 def collect_from_tutor(requests: Sequence[Request], config: TeacherConfig, cache: TeacherCache, on_progress: OnProgress) -> None:
