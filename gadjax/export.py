@@ -9,6 +9,7 @@ from gadjax.checkpointing import checkpoint_digest
 from gadjax.errors import UserError
 from gadjax.models.checkpoint import save, tokenizer_files
 from gadjax.session import Session
+from gadjax.sharding import agreed, is_first
 from gadjax.text import Text
 
 ORIGIN = "gadjax.json"  # in an exported folder: what it was made from
@@ -45,10 +46,10 @@ def export_discriminator(session: Session, name: str, dtype: str = "float32") ->
 def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[str, int], files: dict[str, bytes], dtype: str) -> Path:
     digest = checkpoint_digest(session.run.checkpoints(name), session.total_steps(name))
     origin = json.dumps({"stage": name, "role": role, "checkpoint": digest, "dtype": dtype}, indent=2).encode()
-    if folder.exists():
-        if (folder / ORIGIN).is_file() and (folder / ORIGIN).read_bytes() == origin:
-            return folder
-        shutil.rmtree(folder)  # of another checkpoint
+    if agreed((folder / ORIGIN).is_file() and (folder / ORIGIN).read_bytes() == origin):
+        return folder
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)  # of another checkpoint
     params = session.final_role(name, role).params
     save(folder, session.family, session.dims, params, tokens, files | {ORIGIN: origin}, dtype=dtype)
     return folder

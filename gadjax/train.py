@@ -7,11 +7,11 @@ rows of the student's responses -> student (update). A stage without a discrimin
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gadjax.algorithms.stage import Guidance
@@ -22,7 +22,7 @@ from gadjax.errors import UserError
 from gadjax.metrics import MetricsLog
 from gadjax.records import TokenGroup
 from gadjax.session import Session
-from gadjax.sharding import replicated
+from gadjax.sharding import agreed, is_first
 from gadjax.steps import Programs, responses_of
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
@@ -152,14 +152,14 @@ def open_stage(session: Session, name: str) -> Stage:
     programs = Programs.of(session.run.config, name, session.total_steps(name), session.models, session.text.end_of_turn)
     state = session.first_state(name)
     reference = session.models.reference(state.student.params) if programs.algorithm.needs_reference else None
-    return Stage(session, name, programs, reference, state, jax.device_put(session.key, replicated(session.models.mesh)))
+    return Stage(session, name, programs, reference, state, session.key)
 
 
 def train_stage(session: Session, name: str) -> None:
     """Trains one stage to its end, from its last checkpoint if it has one. A finished stage is left as it is."""
     total, stage_config = session.total_steps(name), session.run.config.stages[name]
     with Checkpoints(session.run.checkpoints(name)) as checkpoints:
-        done = checkpoints.latest or 0
+        done = agreed(checkpoints.latest or 0)
         if done == total:
             return
         stage = open_stage(session, name)
@@ -170,23 +170,28 @@ def train_stage(session: Session, name: str) -> None:
             stage.state, host = checkpoints.restore(done, abstract)
             session.snapshot.check_origin(host["snapshot"], session.run.checkpoints(name))
             data.set_state(host["data"])
-            stage.key = jax.device_put(jax.random.wrap_key_data(jnp.array(host["key"], jnp.uint32)), stage.key.sharding)
-        with MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) as log:
+            stage.key = session.models.place_key(np.array(host["key"]))
+        with ExitStack() as stack:
+            log = None
+            if is_first():
+                log = stack.enter_context(MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1))
             _loop(stage, data, log, checkpoints, done, total)
 
 
-def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, done: int, total: int) -> None:
+def _loop(stage: Stage, data: Any, log: MetricsLog | None, checkpoints: Checkpoints, done: int, total: int) -> None:
     config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
     if not done:
         first = validate(stage.state)
-        log.write(0, first)
+        if log is not None:
+            log.write(0, first)
         if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
             say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
     with track(stage.name, total, done) as advance:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
             metrics = refuse_nan(stage.name, step, pending.fetch() | more)
-            log.write(step, metrics)
+            if log is not None:
+                log.write(step, metrics)
             advance(step, summary(metrics))
 
         late: Pending | None = None
