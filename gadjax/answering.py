@@ -22,9 +22,9 @@ from gadjax.types import Params
 class Answerer:
     """Answers prompts with any parameters of the student; every program is compiled once for all stages."""
 
-    def __init__(self, config: Config, models: Models, text: Text):
+    def __init__(self, config: Config, models: Models, text: Text, key: jax.Array):
         self._models, self._text, self._batch = models, text, config.evaluation.batch_groups
-        self._key = jax.random.key(config.run.seed)
+        self._key = key
         plan = SamplingPlan(samples=1, response_tokens=config.data.max_response_tokens, temperature=0.0, end_of_turn=text.end_of_turn)
         self._samplers = {mode: Sampler(models, config.data, replace(plan, temperature=temperature)) for mode, temperature in MODES.items()}
         several = replace(plan, samples=config.evaluation.best_of, temperature=BEST_OF_TEMPERATURE)

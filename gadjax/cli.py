@@ -60,12 +60,20 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _gadjax(
+    coordinator: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Of several hosts: where process 0 is.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="How many processes there are.")] = None,
+    process: Annotated[int | None, typer.Option(min=0, help="Which of them this is.")] = None,
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Black-box on-policy distillation: an open student learns to answer like a teacher of which only the text is seen.
 
+    On several hosts the same command runs on each of them; Cloud TPU needs no more.
+    Elsewhere gadjax is told: gadjax --coordinator 10.0.0.1:8476 --processes 4 --process 0 run my.yaml
+
     Example: gadjax run configs/quickstart.yaml
     """
+    told = {"JAX_COORDINATOR_ADDRESS": coordinator, "JAX_NUM_PROCESSES": processes, "JAX_PROCESS_ID": process}  # for `start_processes`
+    os.environ.update({name: str(value) for name, value in told.items() if value is not None})
 
 
 @app.command()

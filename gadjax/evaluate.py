@@ -10,6 +10,7 @@ from gadjax.files import replace_file, to_json
 from gadjax.runs import Run
 from gadjax.scoring import Scorer
 from gadjax.session import Session
+from gadjax.sharding import agreed, is_first
 from gadjax.terminal import track
 
 
@@ -48,7 +49,10 @@ def _origin(session: Session, name: str) -> str:
 
 
 def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
-    """Measures every stage; answers that were written already are read, unless the weights or the data are others now."""
+    """Measures every stage; answers that were written already are read, unless the weights or the data are others now.
+
+    All processes answer; process 0 measures, the others return nothing.
+    """
     examples = [session.snapshot.validation[index] for index in range(len(session.snapshot.validation))]
     names = evaluated_stages(session.run)
     measured: dict[str, dict[str, Metric]] = {}
@@ -58,15 +62,17 @@ def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
         for index, name in enumerate(names):
             file = session.run.folder / "evaluation" / f"{name}.jsonl"
             mark, origin = file.with_suffix(".origin.json"), _origin(session, name)
-            if not (file.exists() and mark.exists() and mark.read_text(encoding="utf-8") == origin):
+            if not agreed(file.exists() and mark.exists() and mark.read_text(encoding="utf-8") == origin):
                 params, scorer = session.student_params(name), scorer or _scorer(session)
                 answers: dict[str, Samples] = {}
                 for number, mode in enumerate(modes):
                     answers[mode] = session.answerer.answer(params, examples, mode, scorer if mode == BEST_OF else None)
                     advance(index * len(modes) + number, name)
-                write_answers(file, answers, session.tutored is not None)
-                replace_file(mark, origin)
-                session.run.push()
-            measured[name] = measure(read_answers(file), session.run.config.evaluation.metrics, session.tutored)
+                if is_first():
+                    write_answers(file, answers, session.tutored is not None)
+                    replace_file(mark, origin)
+                    session.run.push()
+            if is_first():
+                measured[name] = measure(read_answers(file), session.run.config.evaluation.metrics, session.tutored)
             advance((index + 1) * len(modes), name)
     return measured

@@ -11,6 +11,7 @@ from gadjax.errors import UserError
 from gadjax.files import replace_file
 from gadjax.models.checkpoint import save, tokenizer_files
 from gadjax.session import Session
+from gadjax.sharding import agreed, is_first
 from gadjax.text import Text
 
 ORIGIN = "gadjax.json"  # in an exported folder: what it was made from
@@ -50,12 +51,12 @@ def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[s
     card = model_card(session.run.folder, session.run.config, name, role, facts)
     digest = checkpoint_digest(session.run.checkpoints(name), session.total_steps(name))
     origin = json.dumps({"stage": name, "role": role, "checkpoint": digest, "dtype": dtype}, indent=2).encode()
-    if folder.exists():
-        if (folder / ORIGIN).is_file() and (folder / ORIGIN).read_bytes() == origin:
-            if not (folder / FILE).is_file() or (folder / FILE).read_text(encoding="utf-8") != card:
-                replace_file(folder / FILE, card)  # it was measured since
-            return folder
-        shutil.rmtree(folder)  # of another checkpoint
+    if agreed((folder / ORIGIN).is_file() and (folder / ORIGIN).read_bytes() == origin):
+        if is_first() and (not (folder / FILE).is_file() or (folder / FILE).read_text(encoding="utf-8") != card):
+            replace_file(folder / FILE, card)  # it was measured since
+        return folder
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)  # of another checkpoint
     params = session.final_role(name, role).params
     save(folder, session.family, session.dims, params, tokens, files | {ORIGIN: origin, FILE: card.encode()}, dtype=dtype)
     return folder

@@ -63,7 +63,7 @@ def prepare_data(run: Run) -> Path:
     config, (train, validation) = run.config, run.prompts
     prompts = {prompt.id: prompt for prompt in [*train, *validation]}
     answered = _answers(run)
-    folder = student_folder(run, [text for answer in answered["train"] for text in (prompts[answer.prompt_id].text, answer.text)])
+    folder = _made_student(run, [text for answer in answered["train"] for text in (prompts[answer.prompt_id].text, answer.text)])
     fingerprint = _fingerprint(config, folder, answered)
     if run.data.exists():
         if Snapshot.open(run.data).fingerprint == fingerprint:
@@ -141,15 +141,19 @@ def _of_teachers(prompts: Sequence[Prompt], config: Config, cache: TeacherCache)
     return list(itertools.chain.from_iterable(found.values()))
 
 
-def student_folder(run: Run, texts: Sequence[str]) -> Path:
-    """The student's Hugging Face folder: the config's, or a fresh one made from the teacher's words."""
-    student, folder = run.config.student, run.folder / "student"
-    if student.random is None:
-        return given_student(str(student.path))
-    if not run.begun():
-        shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():
-        write_fresh(folder, student.random, texts, run.config.run.seed)
+def student_folder(run: Run) -> Path:
+    """The student's Hugging Face folder: the config's, or the run's own, where `prepare_data` puts a fresh student."""
+    return given_student(str(run.config.student.path)) if run.config.student.random is None else run.folder / "student"
+
+
+def _made_student(run: Run, texts: Sequence[str]) -> Path:
+    """The student's folder; a fresh student is made from the teacher's words if it is not there."""
+    fresh, folder = run.config.student.random, student_folder(run)
+    if fresh is not None:
+        if not run.begun():
+            shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            write_fresh(folder, fresh, texts, run.config.run.seed)
     return folder
 
 

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from gadjax.collecting import check_teacher, collect_answers
+from gadjax.config import dump_config
 from gadjax.errors import UserError
 from gadjax.evaluate import evaluate_stages, evaluated_stages
 from gadjax.evaluation.summary import summarise
@@ -18,36 +20,42 @@ from gadjax.report.audit import write_audit
 from gadjax.report.page import write_report
 from gadjax.runs import Clock, Run
 from gadjax.session import Session
+from gadjax.sharding import by_first, check_same, is_first, start_processes, wait_for_all
 from gadjax.terminal import console, say
 from gadjax.train import train_stage
+
+Result = TypeVar("Result")
 
 
 def run(config: Path, overrides: list[str]) -> None:
     """Everything: collect, prepare, train, evaluate, report, export."""
+    start_processes()
     with _begun(config, overrides, check_teacher, check_devices, check_student) as (opened, clock):
-        collect_answers(opened)
+        by_first(lambda: collect_answers(opened))
         session = _session(opened)
         _train(session)
         _evaluate(session, clock)
-        _report(opened)
+        by_first(lambda: _report(opened))
         name = opened.config.evaluation.export or list(opened.config.stages)[-1]
         say(f"export: {export_stage(session, name)}")
 
 
 def prepare(config: Path, overrides: list[str]) -> None:
-    """The frozen data; needs no device, so that it can be made elsewhere than where it is trained on."""
+    """The frozen data; needs no device, so that it can be made elsewhere than where it is trained on, and one process."""
     with _begun(config, overrides, check_student) as (opened, _):
         prepare_data(opened)
 
 
 def train(config: Path, overrides: list[str]) -> None:
     """All stages."""
+    start_processes()
     with _begun(config, overrides, check_devices, check_student) as (opened, _):
         _train(_session(opened))
 
 
 def evaluate(config: Path, overrides: list[str]) -> None:
     """The table of all stages."""
+    start_processes()
     with _begun(config, overrides, check_devices, check_student) as (opened, clock):
         _evaluate(_session(opened), clock)
 
@@ -64,26 +72,39 @@ def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> N
     if dtype not in ("float32", "bfloat16"):
         raise UserError("--dtype", f"{dtype} is not offered", "use float32 or bfloat16")
     opened, name = Run.find(stage)
-    with opened.locked():
+    start_processes()
+    with _together(opened.locked):
         session = Session.open(opened, student_folder(opened, ()))  # the answers are not needed any more
         write = export_discriminator if discriminator else export_stage
         say(f"export: {write(session, name, dtype)}")
 
 
 @contextmanager
-def _begun(config: Path, overrides: list[str], *checks: Callable[[Run], None]) -> Iterator[tuple[Run, Clock]]:
-    """A run that no other process writes to; its folder is made, or taken up, when nothing is wrong."""
+def _begun(config: Path, overrides: list[str], *checks: Callable[[Run], None]) -> Iterator[tuple[Run, Clock | None]]:
+    """A run that nothing else writes to, and process 0's clock; its folder is made, or taken up, when nothing is wrong."""
     opened = Run.open(config, overrides)
     opened.fetch()
     for check in checks:
         check(opened)
-    with opened.begin() as clock:
+    with _together(opened.begin) as clock:
         yield opened, clock
         opened.push()
 
 
+@contextmanager
+def _together(context: Callable[[], AbstractContextManager[Result]]) -> Iterator[Result | None]:
+    """What process 0 enters, with all processes in it until the last is done."""
+    with ExitStack() as stack:
+        yield by_first(lambda: stack.enter_context(context()))
+        wait_for_all()
+
+
 def _session(opened: Run) -> Session:
-    return Session.open(opened, prepare_data(opened))
+    by_first(lambda: prepare_data(opened))
+    check_same(dump_config(opened.config), "configs")
+    session = Session.open(opened, student_folder(opened))
+    check_same(session.snapshot.digest, "data")
+    return session
 
 
 def _train(session: Session) -> None:
@@ -94,13 +115,16 @@ def _train(session: Session) -> None:
 
 def _show(opened: Run, under_way: str | None = None) -> None:
     """Brings the report up to date while the run goes on. What hinders that is told when the report is made for good."""
-    with suppress(UserError):
-        write_report(opened.folder, evaluated_stages(opened), under_way)
+    if is_first():
+        with suppress(UserError):
+            write_report(opened.folder, evaluated_stages(opened), under_way)
 
 
-def _evaluate(session: Session, clock: Clock) -> None:
-    """Measures, prints the table and writes summary.json, unless it holds these numbers already."""
+def _evaluate(session: Session, clock: Clock | None) -> None:
+    """Measures, prints the table and writes summary.json, unless it holds these numbers already; `clock` is that of process 0."""
     measured = evaluate_stages(session)
+    if clock is None:
+        return
     file = session.run.folder / "summary.json"
     summary = summarise(measured, clock.seconds)
     before = json.loads(file.read_text()) if file.exists() else {}

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.answering import Answerer
@@ -68,15 +68,15 @@ class Session:
         text, family, dims = read_student(folder, run.config.student)
         return cls(run, folder, text, Snapshot.open(run.data), family, dims, Models.of(run.config, dims))
 
-    @property
+    @cached_property
     def key(self) -> jax.Array:
         """The run's random key, on every device."""
-        return jax.random.key(self.run.config.run.seed)
+        return self.models.place_key(np.asarray(jax.random.key_data(jax.random.key(self.run.config.run.seed))))
 
     @cached_property
     def answerer(self) -> Answerer:
         """What answers held-out prompts."""
-        return Answerer(self.run.config, self.models, self.text)
+        return Answerer(self.run.config, self.models, self.text, self.key)
 
     @property
     def tutored(self) -> int | None:
@@ -132,7 +132,7 @@ class Session:
         if origin != UNTOUCHED:
             return TrainState(student, self.inherited(origin, "discriminator"))
         head_key = jax.random.fold_in(self.key, 1)
-        params = discriminator_params(models.discriminator, jax.tree.map(jnp.copy, student.params), head_key)
+        params = discriminator_params(models.discriminator, student.params, head_key)
         return TrainState(student, models.fresh_role(models.discriminator, params))
 
     def _has_discriminator(self, origin: str) -> bool:

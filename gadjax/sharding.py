@@ -1,19 +1,37 @@
-"""The mesh and who lives where on it. The only file that names mesh axes.
+"""The mesh and who lives where on it, on one host or on many. The only file that names mesh axes.
 
 Every array's dimensions have logical names ("embed", "mlp", "rows", ...); `RULES` says which mesh axes each is divided
 over. Axis types are Auto: the compiler propagates shardings from parameters, batches and a few constraints.
+
+On many hosts every host runs the same program on the same batches (`jax.distributed`) and gives its own devices their part of each
+array. What is no work of the devices, such as asking the teacher or writing files, is done by process 0. So elsewhere in the package:
+
+    put, put_parts         onto the devices             never `device_put`
+    gathered               the whole of a divided array  `np.asarray` does for what is on every device
+    is_first, by_first     what one process does        files that are written, the teacher, what is said
+    agreed                 what all must decide alike   whether a file is there, which checkpoint is the last
 """
 
+import itertools
 import math
+import os
+import re
+import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 from pydantic import Field, field_validator
 
 from gadjax.errors import UserError
 from gadjax.section import Section
+from gadjax.terminal import console
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -143,3 +161,123 @@ def on_shards(function: Callable[..., jax.Array], arrays: Sequence[jax.Array], n
         return function(*arrays)
     specs = tuple(partition(each, array.shape, mesh) for array, each in zip(arrays, names, strict=True))
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def put(array: Any, sharding: Sharding) -> jax.Array:
+    """A host array onto the devices. Every process gives the same array and copies what its own devices hold of it."""
+    array = np.asarray(array)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return put_parts(array.shape, sharding, array.__getitem__)  # device_put would compare the processes' arrays each time
+
+
+def put_parts(shape: Sequence[int], sharding: Sharding | None, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """An array onto the devices, of which `read(index)` gives a part. A process asks for those of its own devices, each once."""
+    if sharding is None:
+        return jnp.asarray(read(tuple(slice(0, size) for size in shape)))
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        if str(index) not in parts:
+            parts[str(index)] = read(index)
+        return parts[str(index)]
+
+    with jax.transfer_guard("allow"):  # it is explicit
+        return jax.make_array_from_callback(tuple(shape), sharding, part)
+
+
+def gathered(array: Any) -> np.ndarray:
+    """The whole array on the host, wherever its parts are; of one that is spread over hosts a call of all processes."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+# Of `jax.distributed`: "coordinator", "processes" and "process" as the command line has them.
+COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+DEAD_AFTER = 60  # seconds without a sign of life from a process, after which the others end too
+LEAVE_WITHIN = 30  # seconds between the ends of the first process and the last, after which something is wrong
+PATIENCE = 7 * 24 * 3600  # seconds that the others wait for process 0, which may be asking the teacher
+
+Result = TypeVar("Result")
+_numbers = itertools.count()  # of barriers; every process counts the same ones
+
+
+def start_processes() -> None:
+    """Joins the other processes of the run, if there are any: before anything else is asked of jax.
+
+    They are told of in the environment (the command line puts its options there), and on Cloud TPU by the machine itself.
+
+    Raises:
+        UserError: the environment tells half of it.
+    """
+    told = [os.environ.get(name) for name in (COORDINATOR, PROCESSES, PROCESS)]
+    join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=DEAD_AFTER, shutdown_timeout_seconds=LEAVE_WITHIN)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    if any(told):
+        join(*_checked(*told))
+    elif "tpu" in (jax.config.values["jax_platforms"] or "").split(","):  # which jax sets where it finds a TPU
+        join()
+    console.quiet = jax.distributed.is_initialized() and not is_first()
+
+
+def _checked(coordinator: str | None, processes: str | None, process: str | None) -> tuple[str, int, int]:
+    where = "--coordinator, --processes, --process"
+    if not (coordinator and processes and process):
+        raise UserError(where, "belong together", "give all three or none")
+    try:
+        count, index = int(processes), int(process)
+    except ValueError:
+        count, index = 0, 0
+    if not (0 <= index < count and re.fullmatch(r".+:[0-9]+", coordinator)):
+        what = f"{coordinator}, {processes}, {process} is no address and the number of one of so many processes"
+        raise UserError(where, what, "write, for the first of two: --coordinator HOST:PORT --processes 2 --process 0")
+    return coordinator, count, index
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which alone writes files, asks the teacher and speaks."""
+    return jax.process_index() == 0
+
+
+def by_first(work: Callable[[], Result]) -> Result | None:
+    """What `work` returns on process 0, which does it while the others wait; None there. It fails for all if it fails.
+
+    Raises:
+        UserError: on the other processes, where process 0 has failed.
+    """
+    if not jax.distributed.is_initialized():
+        return work()
+    result, failed = None, True
+    try:
+        if is_first():
+            result = work()
+        failed = False
+    finally:
+        wait_for_all()
+        failed = bool(agreed(failed))
+    if failed:
+        raise UserError("process 0", "has failed", "see what it says")
+    return result
+
+
+def wait_for_all() -> None:
+    """Waits until every process is here."""
+    if jax.distributed.is_initialized():
+        get_barrier_sync_fn()(key=f"gadjax {next(_numbers)}", timeout_ms=PATIENCE * 1000)
+
+
+def agreed(value: int) -> int:
+    """Process 0's value, on all processes."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def check_same(text: str, what: str) -> None:
+    """Tells that processes were started on different things.
+
+    Raises:
+        UserError: on every process, where `text` is not the same on all.
+    """
+    if len(np.unique(multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode()))))) > 1:
+        raise UserError("the processes of this run", f"have different {what}", "give all of them the same files and command line")

@@ -32,7 +32,7 @@ from gadjax.rollout.backend import RolloutBackend
 from gadjax.rollout.config import RolloutConfig
 from gadjax.rollout.decode import SamplingPlan
 from gadjax.rollout.engine import Engine
-from gadjax.sharding import jit_on, make_mesh, named_sharding, replicated, row_multiple
+from gadjax.sharding import jit_on, make_mesh, named_sharding, put, replicated, row_multiple
 from gadjax.types import Cells, PackedRows, Params, Role, Rollout, TrainState
 
 ROW_MULTIPLE = 8  # rows are a multiple of this long
@@ -123,22 +123,24 @@ class Models:
 
     def place(self, array: np.ndarray, *names: str | None) -> jax.Array:
         """A host array onto the devices by its logical names."""
-        return jax.device_put(array, named_sharding(names, array.shape, self.mesh))
+        return put(array, named_sharding(names, array.shape, self.mesh))
+
+    def place_key(self, data: np.ndarray) -> jax.Array:
+        """The random key of this data, on every device."""
+        return jax.random.wrap_key_data(put(data.astype(np.uint32), replicated(self.mesh)))
 
     def place_params(self, network: Network, params: Params) -> Params:
-        """Host or device parameters onto the devices."""
-        return jax.tree.map(jax.device_put, params, self.params_shardings(network))
+        """Parameters of this host onto the devices."""
+        return jax.tree.map(put, params, self.params_shardings(network))
 
     def read(self, network: Network, folder: Path, family: Family) -> Params:
         """A network's parameters from a Hugging Face folder onto the devices."""
-        shardings = self.params_shardings(network)
-        placed = {id(leaf): sharding for leaf, sharding in zip(jax.tree.leaves(network.shapes), jax.tree.leaves(shardings), strict=True)}
-        return load(folder, family, network.shapes, lambda array, leaf: jax.device_put(array, placed[id(leaf)]))
+        return load(folder, family, self.abstract_role(network).params)
 
     def place_rows(self, rows: PackedRows) -> PackedRows:
         """Packed rows onto the devices."""
         cells = Cells(*(self.place(np.asarray(cell), None, "rows", None) for cell in rows.cells))
-        whole = {name: jax.device_put(getattr(rows, name), replicated(self.mesh)) for name in PackedRows._fields if name != "cells"}
+        whole = {name: put(getattr(rows, name), replicated(self.mesh)) for name in PackedRows._fields if name != "cells"}
         return PackedRows(cells=cells, **whole)
 
     def fresh_role(self, network: Network, params: Params) -> Role:

@@ -7,11 +7,11 @@ rows of the student's responses -> student (update). A stage without a discrimin
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gadjax.algorithms.balance import Balancer
@@ -24,13 +24,14 @@ from gadjax.health import Watch
 from gadjax.metrics import FILE, MetricsLog, read
 from gadjax.records import TokenGroup
 from gadjax.session import Session
-from gadjax.sharding import replicated
+from gadjax.sharding import agreed, is_first, put, replicated
 from gadjax.steps import Programs, responses_of
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
 from gadjax.validation import Validator
 
 Floats = dict[str, float]
+Write = Callable[[int, Floats], None]
 
 
 class Stopwatch:
@@ -154,7 +155,7 @@ class Stage:
         return self._everywhere(np.array(lengths, np.int32))
 
     def _everywhere(self, value: Any) -> jax.Array:
-        return jax.device_put(value, replicated(self.session.models.mesh))
+        return put(value, replicated(self.session.models.mesh))
 
     def _placed(self, rows: PackedRows) -> PackedRows:
         return self.session.models.place_rows(rows)
@@ -175,8 +176,7 @@ def open_stage(session: Session, name: str) -> Stage:
     programs = Programs.of(session.run.config, name, session.total_steps(name), session.models, session.text.end_of_turn)
     state = session.first_state(name)
     reference = session.models.reference(state.student.params) if programs.algorithm.needs_reference else None
-    key = jax.device_put(session.key, replicated(session.models.mesh))
-    return Stage(session, name, programs, reference, state, key, Balancer(programs.algorithm.balance))
+    return Stage(session, name, programs, reference, state, session.key, Balancer(programs.algorithm.balance))
 
 
 def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: None) -> None:
@@ -186,7 +186,7 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
     """
     total, stage_config = session.total_steps(name), session.run.config.stages[name]
     with Checkpoints(session.run.checkpoints(name)) as checkpoints:
-        done = checkpoints.latest or 0
+        done = agreed(checkpoints.latest or 0)
         if done == total:
             return
         stage = open_stage(session, name)
@@ -198,17 +198,22 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
             session.snapshot.check_origin(host["snapshot"], session.run.checkpoints(name))
             data.set_state(host["data"])
             stage.balancer.state = host["balance"]
-            stage.key = jax.device_put(jax.random.wrap_key_data(jnp.array(host["key"], jnp.uint32)), stage.key.sharding)
-        with MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) as log:
-            _loop(stage, data, log, checkpoints, done, total, show)
+            stage.key = session.models.place_key(np.array(host["key"]))
+        with ExitStack() as stack:
+            write: Write = lambda step, metrics: None
+            if is_first():
+                write = stack.enter_context(
+                    MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1)
+                ).write
+            _loop(stage, data, write, checkpoints, done, total, show)
 
 
-def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, done: int, total: int, show: Callable[[], None]) -> None:
+def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done: int, total: int, show: Callable[[], None]) -> None:
     config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
     doctor = Watch(stage.name, read(stage.session.run.stage(stage.name) / FILE))
     if not done:
         first = validate(stage.state)
-        log.write(0, first)
+        write(0, first)
         if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
             say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
     with track(stage.name, total, done) as advance:
@@ -216,7 +221,7 @@ def _loop(stage: Stage, data: Any, log: MetricsLog, checkpoints: Checkpoints, do
         def finish(step: int, pending: Pending, more: Floats) -> None:
             metrics = refuse_nan(stage.name, step, pending.fetch() | more)
             stage.balancer.see(metrics)
-            log.write(step, metrics)
+            write(step, metrics)
             advance(step, summary(metrics))
             for news in doctor.see({"step": step} | metrics):
                 say(news)

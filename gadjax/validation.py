@@ -9,6 +9,7 @@ from gadjax.data.packing import Ids, pack
 from gadjax.evaluation.measure import measure
 from gadjax.evaluation.samples import MODES
 from gadjax.session import Session
+from gadjax.sharding import is_first
 from gadjax.steps import Programs, responses_of
 from gadjax.types import PackedRows, Params, TrainState
 
@@ -41,10 +42,12 @@ class Validator:
         return metrics | self._discriminator(state.student.params, state.discriminator.params, prompts, teacher)
 
     def _answers(self, student: Params) -> dict[str, float]:
-        """The metrics of the student's answers. Only a tutor's need more than the greedy ones."""
+        """The metrics of the student's answers, on process 0. Only a tutor's need more than the greedy ones."""
         session = self._session
         modes = ["greedy"] if session.tutored is None else MODES
         answers = {mode: session.answerer.answer(student, self._examples, mode) for mode in modes}
+        if not is_first():
+            return {}
         measured = measure(answers, session.run.config.evaluation.metrics, session.tutored)
         return {f"validation/{name}": metric.value for name, metric in measured.items()}
 

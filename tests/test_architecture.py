@@ -102,6 +102,13 @@ def only_sharding_names_mesh_axes(source: Source) -> Iterator[int]:
             yield node.lineno
 
 
+def only_sharding_puts_arrays_onto_devices(source: Source) -> Iterator[int]:
+    """By `put`: on several hosts `device_put` would compare what the hosts have in every call."""
+    for node in source.nodes if source.name != "sharding.py" else ():
+        if name_of(node) == "device_put":
+            yield node.lineno
+
+
 def the_fields_words_are_used(source: Source) -> Iterator[int]:
     for number, line in enumerate(source.text.splitlines(), 1):
         if OTHER_TRADES.search(line):
@@ -143,6 +150,10 @@ CHECKS: dict[Check, list[Source]] = {  # each with sources that it must refuse
         Source("steps.py", "jax.sharding.PartitionSpec(None, 'tensor')"),
         Source("steps.py", "mesh.shape['data']"),
         Source("steps.py", "axis_name = 'fsdp'"),
+    ],
+    only_sharding_puts_arrays_onto_devices: [
+        Source("train.py", "jax.device_put(rows, sharding)"),
+        Source("steps.py", "jax.tree.map(jax.device_put, params, shardings)"),
     ],
     the_fields_words_are_used: [
         Source("train.py", "critic_loss = 0"),

@@ -77,6 +77,14 @@ def test_usage_errors_are_told_in_one_line(arguments: list[str], capsys: pytest.
     assert told.err.count("\n") == 1
 
 
+def test_the_other_processes_are_told_of_by_options(command: Callable, config: str, monkeypatch: pytest.MonkeyPatch):
+    told: list[dict[str, str]] = []
+    command(lambda *_: told.append({name: value for name, value in os.environ.items() if name.startswith("JAX_")}))
+    monkeypatch.setattr(os, "environ", {"JAX_PROCESS_ID": "5", "JAX_NUM_PROCESSES": "8"})
+    assert gadjax("--coordinator", "10.0.0.1:8476", "--process", "3", "run", config) == 0
+    assert told == [{"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "3"}]
+
+
 def test_a_command_gets_config_and_overrides(command: Callable, config: str):
     calls = []
     command(lambda *arguments: calls.append(arguments))

@@ -101,7 +101,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     write_fresh(folder, CONFIG.student.random, [*prompts[:TRAIN], *answers[:TRAIN]], 0)
     family, dims = read_config(folder)
     models = Models.of(CONFIG, dims)
-    params = models.place_params(models.student, load(folder, family, models.student.shapes, lambda array, _: jax.numpy.asarray(array)))
+    params = models.place_params(models.student, load(folder, family, models.student.shapes))
     made = Lab(Text.load(str(folder)), models, prompts, answers, params)
     programs, role = made.programs("seqkd"), models.fresh_role(models.student, params)
     order = np.random.default_rng(0)

@@ -119,7 +119,7 @@ def random_model(torch: Any, shape: Any) -> Any:
 
 def read(folder: Path) -> tuple[DecoderConfig, Params]:
     family, dims = read_config(folder)
-    return dims, load(folder, family, language_model(dims, F32).shapes, lambda array, _: jnp.asarray(array))
+    return dims, load(folder, family, language_model(dims, F32).shapes)
 
 
 def ours(dims: DecoderConfig, params: Params, sequences: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:

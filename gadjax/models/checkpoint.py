@@ -1,13 +1,13 @@
 """A Hugging Face folder to parameters and back.
 
-Tensors are read one at a time from safetensors files and placed as the caller shards them. A folder is written beside and
+Tensors are read from safetensors files a few at a time, and of each what the devices of this host hold. A folder is written beside and
 renamed, so that it is there whole or not at all.
 """
 
 import json
 import operator
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from gadjax.errors import UserError
 from gadjax.models import llama3, qwen2, qwen3
 from gadjax.models.decoder import DecoderConfig
 from gadjax.models.hugging_face import Family, Tensor
+from gadjax.sharding import gathered, is_first, put_parts
 from gadjax.types import Params
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen2.FAMILY, qwen3.FAMILY, llama3.FAMILY)}
 
 WHERE = "student.path"
 SHARD_BYTES = 5_000_000_000  # of one file of weights, as transformers splits them
+TOGETHER = 1 << 26  # bytes of a parameter that are read at once, if one layer is not more
 # What a tokenizer consists of in a folder; copied as it is from the student to an export.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json", "merges.txt")
 
@@ -127,14 +129,18 @@ def open_weights(folder: Path, family: Family, shapes: Params) -> dict[str, Any]
     return {name: handle for name, (_, handle) in handles.items()}
 
 
-def load(folder: Path, family: Family, shapes: Params, place: Callable[[np.ndarray, Any], jax.Array]) -> Params:
-    """Reads a model's parameters.
+def load(folder: Path, family: Family, shapes: Params) -> Params:
+    """Reads a model's parameters onto the devices. Each process reads what its own devices hold, and holds no more than one layer's
+    share of one parameter on the host, or `TOGETHER` bytes of several layers'.
 
     Args:
         folder: the Hugging Face folder.
         family: as `read_config` says.
-        shapes: the network's, nested dicts of ShapeDtypeStruct.
-        place: (float32 array, its leaf of `shapes`) -> array on the devices.
+        shapes: the network's, nested dicts of ShapeDtypeStruct, with the shardings to read them into; without any they go to the
+            default device.
+
+    Returns:
+        float32 parameters.
 
     Raises:
         UserError: as `open_weights`.
@@ -142,12 +148,39 @@ def load(folder: Path, family: Family, shapes: Params, place: Callable[[np.ndarr
     handles = open_weights(folder, family, shapes)
     params: Params = {}
     for tensor, leaf in _leaves(family, shapes):
-        array = np.empty(leaf.shape, np.float32)
-        layers: Any = array if tensor.stacked else array[None]
-        for layer, name in zip(layers, tensor.names(len(layers)), strict=True):
-            layer[...] = tensor.to_ours(handles[name].get_tensor(name), layer.shape)
-        _put(params, tensor.path, place(array, leaf))
+        slices = [handles[name].get_slice(name) for name in tensor.names(leaf.shape[0])]
+        array = _read_layers(tensor, leaf, slices) if tensor.stacked else _read(tensor, leaf, slices[0])
+        _put(params, tensor.path, jax.block_until_ready(array))
     return params
+
+
+def _read(tensor: Tensor, leaf: Any, there: Any) -> jax.Array:
+    array = put_parts(leaf.shape, leaf.sharding, lambda index: tensor.part(there, index, leaf.shape))
+    return array.astype(leaf.dtype)  # on the devices: the host has it as it is in the file
+
+
+def _read_layers(tensor: Tensor, leaf: Any, slices: Sequence[Any]) -> jax.Array:
+    """All layers of a parameter: a few are read at once and go to their place on the devices."""
+    together = max(1, TOGETHER * len(slices) // (leaf.size * leaf.dtype.itemsize))
+    whole = None
+    for first in range(0, len(slices), together):
+        some = slices[first : first + together]
+
+        def part(index: tuple[slice, ...], some: Sequence[Any] = some) -> np.ndarray:
+            return np.stack([tensor.part(there, index[1:], leaf.shape[1:]) for there in some[index[0]]])
+
+        layers = put_parts((len(some), *leaf.shape[1:]), leaf.sharding, part).astype(leaf.dtype)
+        if len(some) == len(slices):
+            return layers
+        whole = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) if whole is None else whole
+        whole = jax.block_until_ready(_placed(whole, layers, first))  # else reading runs ahead, and the host holds it all
+    assert whole is not None
+    return whole
+
+
+@partial(jax.jit, donate_argnums=0)
+def _placed(whole: jax.Array, layers: jax.Array, first: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, layers, first, axis=0)
 
 
 def save(
@@ -168,16 +201,20 @@ def save(
         folder: where; must not exist.
         family: which.
         config: the dimensions.
-        params: float32 parameters, on the host or on the devices; those of one file are copied at a time.
+        params: float32 parameters, on the host or on the devices; those of one file are copied at a time. Where they are spread over
+            several hosts all processes call this, and process 0 writes.
         tokens: `eos_token_id` and `pad_token_id` for config.json and generation_config.json.
         files: what else belongs into it, by name: the tokenizer.
         dtype: of the written tensors, "float32" or "bfloat16".
         shard_bytes: the most that one file holds, as long as one tensor does not.
     """
     beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    if is_first():
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
     _save_tensors(beside, family, params, jnp.dtype(dtype), shard_bytes)
+    if not is_first():
+        return
     described = {"dtype": dtype} | family.write(config) | tokens
     if "head" in params:
         described |= {"architectures": [family.classifier]} | SCORE
@@ -205,12 +242,14 @@ def _save_tensors(folder: Path, family: Family, params: Params, dtype: np.dtype,
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
-        save_file(
-            {name: tensor.to_theirs(np.asarray(read())).astype(dtype) for name, tensor, read in shard},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-    if len(files) > 1:
+        arrays: dict[str, np.ndarray] = {}
+        for name, tensor, read in shard:
+            whole = gathered(read())
+            if is_first():
+                arrays[name] = tensor.to_theirs(whole).astype(dtype)
+        if is_first():
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+    if is_first() and len(files) > 1:
         index = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
         described = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(described, indent=2) + "\n")

@@ -5,7 +5,7 @@ both directions, which is which. `Family` does the same for config.json; a famil
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,14 +45,35 @@ class Tensor:
         outputs = (math.prod(shape[self.inputs :]),)
         return (*outputs, math.prod(shape[: self.inputs])) if self.inputs else outputs
 
-    def to_ours(self, there: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Their array in our layout, `shape`."""
-        return there.T.reshape(shape) if self.inputs else there.reshape(shape)
+    def part(self, there: Any, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+        """A part of our parameter, which is `shape` (of one layer), from their array; it reads what is in the part alone.
+
+        Args:
+            there: their array, or a safetensors slice of it.
+            index: the part, in our layout.
+            shape: of the whole.
+        """
+        if self.inputs is None:
+            return there[index]
+        size = [len(range(length)[span]) for span, length in zip(index, shape, strict=True)]
+        outputs = _flat(index[self.inputs :], shape[self.inputs :])
+        if not self.inputs:
+            return there[outputs].reshape(size)
+        return there[outputs, _flat(index[: self.inputs], shape[: self.inputs])].T.reshape(size)
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
         """Our array (of one layer) in their layout."""
         shape = self.shape_there(ours.shape)
         return np.ascontiguousarray(ours.reshape(shape[::-1]).T) if self.inputs else ours.reshape(shape)
+
+
+def _flat(index: Sequence[slice], shape: Sequence[int]) -> slice:
+    """Where a part lies when these dimensions are taken as one: only the first of them is ever divided."""
+    if not shape:
+        return slice(0, 1)
+    assert all(len(range(length)[span]) == length for span, length in zip(index[1:], shape[1:], strict=True))
+    start, stop, _ = index[0].indices(shape[0])
+    return slice(start * math.prod(shape[1:]), stop * math.prod(shape[1:]))
 
 
 def _in_layer(ours: str, theirs: str, inputs: int | None = None) -> Tensor:

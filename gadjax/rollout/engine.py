@@ -21,7 +21,7 @@ from gadjax.rollout.config import RolloutConfig
 from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill, make_weights
 from gadjax.rollout.sampling import stream_keys
 from gadjax.rollout.slots import Decoding, Order, Prompts, empty, fewer
-from gadjax.sharding import jit_on, named_sharding, replicated, row_multiple
+from gadjax.sharding import jit_on, named_sharding, put, replicated, row_multiple
 from gadjax.types import Params, Rollout
 
 Ids = Sequence[int]
@@ -163,7 +163,7 @@ class Engine:
             lengths[row] = len(prompts[group])
             ids[row, : lengths[row]] = prompts[group]
         none = [NOWHERE] * (together - len(new))
-        tokens = jax.device_put(ids, named_sharding(("groups", None), ids.shape, self._mesh))
+        tokens = put(ids, named_sharding(("groups", None), ids.shape, self._mesh))
         return self._prefill(self._params, resident, tokens, *map(self._put, (lengths, [*new, *none], [*new.values(), *none])))
 
     def _decoded(
@@ -172,7 +172,7 @@ class Engine:
         return self._decode(weights, resident, order, state, *map(self._put, (begun * self._plan.samples, steps, few)))
 
     def _put(self, values: Any) -> jax.Array:
-        return jax.device_put(np.asarray(values, np.int32), replicated(self._mesh))
+        return put(np.asarray(values, np.int32), replicated(self._mesh))
 
     def _rollout(self, state: Decoding, groups: int) -> Rollout:
         shape = (groups, self._plan.samples)

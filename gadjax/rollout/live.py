@@ -22,7 +22,7 @@ from gadjax.models.decoder import Network
 from gadjax.rollout.decode import make_prefill, make_weights
 from gadjax.rollout.sampling import draw, integer_probabilities, nucleus
 from gadjax.rollout.slots import Cache, Prompts, prompts_on_mesh
-from gadjax.sharding import constrain, jit_on, named_sharding, replicated, row_multiple
+from gadjax.sharding import constrain, jit_on, named_sharding, put, replicated, row_multiple
 from gadjax.types import Params
 
 STEPS = 4  # K
@@ -218,7 +218,7 @@ class Live:
         bucket = next(tokens for tokens in (whole // 4, whole // 2, whole) if tokens >= max(len(prompt), min(SHORTEST, whole)))
         ids = np.zeros((1, bucket), np.int32)
         ids[0, : len(prompt)] = prompt
-        tokens = jax.device_put(ids, named_sharding(("groups", None), ids.shape, self._mesh))
+        tokens = put(ids, named_sharding(("groups", None), ids.shape, self._mesh))
         at = np.array([place], np.int32)
         self._prompts = self._prefill(self._params, self._prompts, tokens, *map(self._put, (np.array([len(prompt)], np.int32), at, at)))
         for slot, wish in enumerate(wishes, place * self.samples):
@@ -254,4 +254,4 @@ class Live:
         return Heard(tokens, made.logps_KS[: len(tokens), slot].tolist(), likeliest, ended)
 
     def _put(self, values: np.ndarray) -> jax.Array:
-        return jax.device_put(values, replicated(self._mesh))
+        return put(values, replicated(self._mesh))

@@ -1,0 +1,283 @@
+"""Several processes, each with devices of its own, as on many hosts: they do what one process does, and end together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gadjax import sharding
+from gadjax.errors import UserError
+from gadjax.metrics import read
+from tests import tiny
+
+CONFIG = tiny.with_stages(
+    seqkd=f"algorithm: seqkd, {tiny.COMMON}, max_steps: 2",
+    gad=f"algorithm: gad, from: seqkd, {tiny.SAMPLING}, max_steps: 4, checkpoint_every: 2, discriminator: {{learning_rate: 1e-3}}",
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that is over: its status, what it said, and the seconds from the start until then."""
+
+    status: int
+    said: str
+    seconds: float
+
+
+def together(folder: Path, processes: int, devices: int, program: str, *arguments: str) -> list[Ended]:
+    """Runs a program in several processes, told of each other by the environment."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    if processes > 1:
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    started, command = time.monotonic(), [sys.executable, "-c", program, *arguments]
+    files = [folder / f"said-{index}.txt" for index in range(processes)]
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    for index, file in enumerate(files):
+        told = environment | ({"JAX_PROCESS_ID": str(index)} if processes > 1 else {})
+        with file.open("wb") as output:
+            running[index] = subprocess.Popen(command, cwd=folder, env=told, stdout=output, stderr=subprocess.STDOUT)
+    ended: dict[int, Ended] = {}
+    try:
+        while running and time.monotonic() < started + 500:
+            for index in [index for index, process in running.items() if process.poll() is not None]:
+                status = running.pop(index).returncode
+                ended[index] = Ended(status, files[index].read_text(), time.monotonic() - started)
+            time.sleep(0.1)
+        assert not running, {index: files[index].read_text()[-2000:] for index in running}
+    finally:
+        for process in running.values():
+            process.kill()
+    return [ended[index] for index in range(processes)]
+
+
+PRIMITIVES = """
+import sys, time
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from gadjax.errors import UserError
+from gadjax.models import checkpoint
+from gadjax.models.decoder import language_model
+from gadjax.sharding import MeshConfig, agreed, by_first, check_same, gathered, is_first, make_mesh, named_sharding, put, replicated
+from gadjax.sharding import start_processes, wait_for_all
+
+start_processes()
+me, mesh = jax.process_index(), make_mesh(MeshConfig())
+rows = np.arange(8.0).reshape(4, 2)
+with jax.transfer_guard("disallow"):
+    placed = put(rows, named_sharding(("rows", None), rows.shape, mesh))
+assert len(jax.devices()) == 4 and [shard.index[0].start for shard in placed.addressable_shards] == [2 * me, 2 * me + 1]
+np.testing.assert_array_equal(gathered(placed), rows)
+assert gathered(placed[3]).tolist() == [6, 7]
+assert is_first() == (me == 0) and agreed(me + 5) == 5
+assert by_first(lambda: me + 7) == (7 if me == 0 else None)
+check_same("alike", "configs")
+for failing in (lambda: by_first(lambda: 1 / 0), lambda: check_same(str(me), "configs")):
+    try:
+        failing()
+    except (UserError, ZeroDivisionError) as error:
+        print(type(error).__name__, error)
+
+checkpoint.TOGETHER, folder = 1, Path(sys.argv[1])  # layer by layer
+family, dims = checkpoint.read_config(folder)
+network = language_model(dims, jnp.dtype(jnp.float32))
+shapes = network.shapes
+wanted = jax.tree.map(
+    lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named_sharding(axes, leaf.shape, mesh)), shapes, network.axes
+)
+here, spread = checkpoint.load(folder, family, shapes), checkpoint.load(folder, family, wanted)
+jax.tree.map(lambda one, other: np.testing.assert_array_equal(np.asarray(one), gathered(other)), here, spread)
+assert spread["trunk"]["blocks"]["gate"].addressable_shards[0].data.shape[1] == dims.width // 4
+
+time.sleep(me)
+wait_for_all()
+print("waited", time.time())
+"""
+
+
+def test_two_processes_share_arrays_values_failures_weights_and_waits(tmp_path: Path):
+    first, second = together(tmp_path, 2, 2, PRIMITIVES, str(Path(__file__).parent / "goldens" / "qwen3"))
+    assert (first.status, second.status) == (0, 0), first.said + second.said
+    assert "ZeroDivisionError division by zero" in first.said
+    assert "UserError process 0: has failed; see what it says" in second.said
+    for ended in (first, second):
+        assert "UserError the processes of this run: have different configs; " in ended.said
+    waited = [float(ended.said.split("waited ")[1].split()[0]) for ended in (first, second)]
+    assert abs(waited[0] - waited[1]) < 0.5, "one did not wait for the other"
+
+
+@pytest.mark.parametrize("left_out", [sharding.COORDINATOR, sharding.PROCESSES, sharding.PROCESS])
+def test_what_is_told_by_half_is_refused(monkeypatch: pytest.MonkeyPatch, left_out: str):
+    for name, value in ((sharding.COORDINATOR, "127.0.0.1:1"), (sharding.PROCESSES, "2"), (sharding.PROCESS, "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(left_out)
+    with pytest.raises(UserError, match="--coordinator, --processes, --process: belong together"):
+        sharding.start_processes()
+
+
+@pytest.mark.parametrize(
+    "told", [("127.0.0.1", "2", "0"), ("127.0.0.1:1", "2", "2"), ("127.0.0.1:1", "two", "0"), ("127.0.0.1:1", "2", "-1")]
+)
+def test_what_is_told_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch, told: tuple[str, str, str]):
+    for name, value in zip((sharding.COORDINATOR, sharding.PROCESSES, sharding.PROCESS), told, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="is no address and the number of one of so many processes; write, "):
+        sharding.start_processes()
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------------
+
+DIGEST = """
+import hashlib, os, signal, sys
+from pathlib import Path
+import jax
+from gadjax.sharding import gathered, is_first, start_processes
+
+def digest(state):
+    whole = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        whole.update(gathered(leaf).tobytes())
+    return whole.hexdigest()
+"""
+
+# gadjax, which keeps the digest of every state that it saves. Its first argument says which process kills itself in which step of gad.
+RUN = f"""{DIGEST}
+from gadjax import train
+from gadjax.checkpointing import Checkpoints
+from gadjax.cli import main
+
+process, step = map(int, sys.argv.pop(1).split(":"))
+check, save = train.refuse_nan, Checkpoints.save
+
+def check_or_die(stage, at, metrics):
+    if (stage, at, jax.process_index()) == ("gad", step, process):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return check(stage, at, metrics)
+
+def save_and_tell(checkpoints, at, state, host):
+    save(checkpoints, at, state, host)
+    name = f"{{checkpoints._folder.parent.name}}-{{at}}"
+    found = digest(state)
+    if is_first():
+        Path(f"{{name}}.saved").write_text(found)
+
+train.refuse_nan, Checkpoints.save = check_or_die, save_and_tell
+main()
+"""
+
+RESTORE = f"""{DIGEST}
+from gadjax.runs import Run
+from gadjax.session import Session
+from gadjax.types import TrainState
+
+start_processes()
+run = Run.at(Path("runs/tiny"))
+session = Session.open(run, run.folder / "student")
+state = TrainState(session.final_role("gad", "student"), session.final_role("gad", "discriminator"))
+found = digest(state)
+if is_first():
+    print("restored", found)
+"""
+NEVER = "-1:0"
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "tiny.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The experiment on one process with 8 devices."""
+    folder = made(tmp_path_factory.getbasetemp() / "one")
+    (ended,) = together(folder, 1, 8, RUN, NEVER, "run", "tiny.yaml")
+    assert ended.status == 0, ended.said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on 2 processes with 4 devices each."""
+    folder = made(tmp_path_factory.getbasetemp() / "two")
+    ended = together(folder, 2, 4, RUN, NEVER, "run", "tiny.yaml")
+    assert [process.status for process in ended] == [0, 0], ended[0].said + ended[1].said
+    assert "gadjax" not in ended[1].said and "gad:" not in ended[1].said, "process 0 alone speaks"
+    return folder
+
+
+def rows(folder: Path, stage: str) -> list[dict[str, float]]:
+    """The metrics of every step, but for times."""
+    found = read(folder / "runs" / "tiny" / "stages" / stage / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith("time/") and "per_second" not in name} for row in found]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for stage in ("seqkd", "gad"):
+        mine, theirs = rows(one, stage), rows(other, stage)
+        assert len(mine) == len(theirs) > 2
+        for row, same in zip(mine, theirs, strict=True):
+            assert row.keys() == same.keys()
+            np.testing.assert_allclose(list(row.values()), list(same.values()), rtol=1e-5, atol=1e-5)
+    summaries = [json.loads((folder / "runs" / "tiny" / "summary.json").read_text())["stages"] for folder in (one, other)]
+    assert summaries[0].keys() == summaries[1].keys()
+    for name in ("evaluation/gad.jsonl", "report/index.html", "export/gad/model.safetensors", "tensorboard/gad"):
+        assert (other / "runs" / "tiny" / name).exists(), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_processes_train_and_evaluate_as_one_does(one: Path, two: Path):
+    assert_same_run(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_four_processes_train_and_evaluate_as_one_does(tmp_path: Path, one: Path):
+    folder = made(tmp_path / "four")
+    ended = together(folder, 4, 2, RUN, NEVER, "run", "tiny.yaml")
+    assert [process.status for process in ended] == [0] * 4, ended[0].said
+    assert_same_run(one, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (4, 2)])
+def test_a_checkpoint_of_two_processes_is_restored_on_others(two: Path, processes: int, devices: int):
+    first, *_ = together(two, processes, devices, RESTORE)
+    assert f"restored {(two / 'gad-4.saved').read_text()}" in first.said, first.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_process_ends_all_and_the_restart_ends_with_the_same_bits(tmp_path: Path, two: Path):
+    folder = made(tmp_path / "killed")
+    for process, step in ((1, 3), (0, 4)):
+        ended = together(folder, 2, 4, RUN, f"{process}:{step}", "run", "tiny.yaml")
+        killed, other = ended[process], ended[1 - process]
+        assert killed.status == -signal.SIGKILL, killed.said
+        assert other.status != 0 and other.seconds - killed.seconds < 120
+        if process == 0:
+            assert "gad: goes on after step 2" in killed.said
+    ended = together(folder, 2, 4, RUN, NEVER, "run", "tiny.yaml")
+    assert [process.status for process in ended] == [0, 0], ended[0].said
+    assert "gad: goes on after step 2" in ended[0].said
+    for name in ("gad-2.saved", "gad-4.saved"):
+        assert (folder / name).read_text() == (two / name).read_text()
+    assert rows(folder, "gad") == rows(two, "gad")
