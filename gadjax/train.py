@@ -200,12 +200,13 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
             stage.balancer.state = host["balance"]
             stage.key = session.models.place_key(np.array(host["key"]))
         with ExitStack() as stack:
-            write: Write = lambda step, metrics: None
-            if is_first():
-                write = stack.enter_context(
-                    MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1)
-                ).write
+            log = MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) if is_first() else None
+            write = stack.enter_context(log).write if log else _nowhere
             _loop(stage, data, write, checkpoints, done, total, show)
+
+
+def _nowhere(step: int, metrics: Floats) -> None:
+    """Where the other processes write: their metrics are those of process 0."""
 
 
 def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done: int, total: int, show: Callable[[], None]) -> None:
