@@ -118,7 +118,7 @@ def chat(
     run, name = Run.find(stage)
     if against is not None and against != UNTOUCHED:
         _, against = Run.find(f"{run.folder}/{against}")
-    session = Session.open(run, student_folder(run, ()))
+    session = Session.open(run, student_folder(run))
     room = Room(prompt_tokens=prompt_tokens, response_tokens=response_tokens, places=1, best_of=best_of)
     judge = discriminator_of(session, name)
     scorer = scorer_of(session, name, room) if judge or best_of > 1 else None

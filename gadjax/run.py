@@ -74,7 +74,7 @@ def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> N
     opened, name = Run.find(stage)
     start_processes()
     with _together(opened.locked):
-        session = Session.open(opened, student_folder(opened, ()))  # the answers are not needed any more
+        session = Session.open(opened, student_folder(opened))
         write = export_discriminator if discriminator else export_stage
         say(f"export: {write(session, name, dtype)}")
 

@@ -24,7 +24,7 @@ def serve(stage: str, port: int, host: str, slots: int, best_of: int, prompt_tok
     if host not in LOOPBACK and token is None:
         raise UserError("--host", f"{host} can be reached by others, and {TOKEN} is not set", f"export {TOKEN}, or leave --host out")
     run, name = Run.find(stage)
-    session = Session.open(run, student_folder(run, ()))
+    session = Session.open(run, student_folder(run))
     room = Room(prompt_tokens=prompt_tokens, response_tokens=response_tokens, places=slots, best_of=best_of)
     scorer = scorer_of(session, name, room) if best_of > 1 else None
     model = f"{run.folder.resolve().name}/{name}"

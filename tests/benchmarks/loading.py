@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
@@ -52,7 +53,7 @@ def write(folder: Path, config: DecoderConfig) -> int:
     files: dict[str, dict[str, np.ndarray]] = {}
     names: dict[str, dict[str, tuple[int, ...]]] = {}
     for tensor in FAMILY.tensors:
-        leaf = shapes
+        leaf: Any = shapes
         for key in tensor.path:
             leaf = leaf.get(key, {})
         if not leaf:
