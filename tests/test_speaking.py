@@ -196,7 +196,8 @@ def test_what_nobody_waits_for_is_dropped(speaker: Speaker):
 def test_a_served_student_teaches_another_run(session: Session, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     """`gadjax serve` in a process of its own; `gadjax collect` and `prepare` of another run take it for their teacher."""
     first, _ = tiny.finished(tmp_path_factory.getbasetemp())
-    command = [sys.executable, "-c", tiny.MAIN, "serve", str(first.run), "--port", "0", "--best-of", "2", "--prompt-tokens", "64"]
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job ignores it
+    command = [sys.executable, "-c", heeding + tiny.MAIN, "serve", str(first.run), "--port", "0", "--best-of", "2", "--prompt-tokens", "64"]
     monkeypatch.setenv("GADJAX_TOKEN", "a-token")
     with subprocess.Popen(command, env=first.environment, stderr=subprocess.PIPE, text=True) as served:
         assert served.stderr is not None

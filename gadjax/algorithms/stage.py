@@ -67,14 +67,14 @@ class SamplingStageConfig(StageConfig):
     """A stage that samples responses from the student.
 
     Attributes:
-        group_size: N, student responses per group.
+        group_size: N, student responses per group; group attention on TPU numbers no more than 1,023.
         temperature: T of the samples.
         top_k: the likeliest tokens that they are drawn from; null: all. Log-probabilities are of the whole vocabulary all the same.
         top_p: the share of the mass that they are drawn from, after `top_k`.
         discriminator: its discriminator.
     """
 
-    group_size: int = Field(default=8, ge=1)
+    group_size: int = Field(default=8, ge=1, le=1000)
     temperature: float = Field(default=0.8, gt=0)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float = Field(default=1.0, gt=0, le=1)
