@@ -117,7 +117,7 @@ def import_(
 
     Read are JSON lines (plain, gzip, zstd), Parquet, folders of these or of the library `datasets`, and data sets of the hub.
 
-    Example: gadjax import answers.jsonl --into configs/mine.yaml
+    Example: gadjax import answers.jsonl --into configs/quickstart.yaml
     """
     _call("import", source, into, overrides or [], (prompt, response, messages), teacher, replace, as_json)
 

@@ -117,11 +117,13 @@ def test_a_band_is_low_to_high(band: list[float]):
 
 
 KILLED = f"""
-import os
+import os, pathlib, time
 from gadjax.metrics import MetricsLog
 
 def write(log, step, row, before=MetricsLog.write):
     if "balanced/metrics" in log._file.name and step == 3:
+        while not (pathlib.Path(log._file.name).parent / "checkpoints" / "2").exists():
+            time.sleep(0.01)  # it is written beside the steps
         os._exit(9)
     before(log, step, row)
 
@@ -132,7 +134,7 @@ MetricsLog.write = write
 
 BALANCED = """  balanced:
     {algorithm: gad, from: warmup, max_steps: 4, batch_groups: 8, group_size: 2, checkpoint_every: 2, validate_every: 4,
-     discriminator: {learning_rate: 1e-3, label_smoothing: 0.1},
+     discriminator: {learning_rate: 1.0e-3, label_smoothing: 0.1},
      balance: {discriminator_steps: 2, accuracy_band: [0.0, 0.01], control: rate, reward_scaling: running, length_weight: 0.1}}
 """
 

@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gadjax.algorithms.gad import GadConfig
-from gadjax.algorithms.seqkd import SeqkdConfig
+from gadjax.config import make_config
 from gadjax.errors import UserError
 from gadjax.export import export_discriminator
 from gadjax.models import checkpoint
@@ -223,11 +222,13 @@ def session(folder: Path, student: Path) -> tuple[Session, Params]:
     family, dims = read_config(student)
     network = discriminator(dims, F32)
     params = discriminator_params(network, read(student), jax.random.key(0))
-    stages = {"seqkd": SeqkdConfig.model_validate({"algorithm": "seqkd"}), "gad": GadConfig.model_validate({"algorithm": "gad"})}
-    run = SimpleNamespace(folder=folder, config=SimpleNamespace(stages=stages), checkpoints=lambda name: folder / name)
+    stages = {"seqkd": {"algorithm": "seqkd"}, "gad": {"algorithm": "gad", "from": "seqkd"}}
+    config = make_config({"prompts": {"train": "tutor:2"}, "stages": stages})
+    run = SimpleNamespace(folder=folder, config=config, checkpoints=lambda name: folder / name)
+    snapshot = SimpleNamespace(train=[], validation=[], digest="none")
     found = {("gad", "discriminator"): SimpleNamespace(params=params)}
     parts = {"total_steps": lambda name: 1, "folder": student, "text": Text.load(str(student)), "family": family, "dims": dims}
-    return cast(Session, SimpleNamespace(run=run, final_role=lambda *name: found[name], **parts)), params
+    return cast(Session, SimpleNamespace(run=run, snapshot=snapshot, final_role=lambda *name: found[name], **parts)), params
 
 
 @pytest.mark.parametrize("pad", [PAD, END, None])
