@@ -312,7 +312,7 @@ def fake_answers(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[str]
     """The stages that are asked for answers from now on; nothing is computed."""
     asked = list[str]()
     old = read_answers(session.run.folder / "evaluation" / "gad.jsonl")
-    monkeypatch.setattr(Answerer, "__init__", lambda self, config, models, text: None)
+    monkeypatch.setattr(Answerer, "__init__", lambda self, *_: None)
     monkeypatch.setattr(Answerer, "answer", lambda self, params, examples, mode, scorer: old[mode])
     monkeypatch.setattr(Session, "student_params", lambda self, name: asked.append(name))
     return asked
