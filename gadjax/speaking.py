@@ -233,22 +233,16 @@ class Speaker:
                 self._live.admit(place, job.prompt, job.wishes)
                 self._owners |= {place * together + n: (job.talk, job.first + n) for n in range(len(job.wishes))}
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Ends the thread; answers that are under way fail."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
 
 def _stream(seed: int, choice: int) -> tuple[int, int]:

@@ -174,12 +174,10 @@ def test_a_fault_of_the_decoder_is_told_to_all(speaker: Speaker):
         def is_free(self, place: int) -> bool:
             raise ZeroDivisionError
 
-    broken = Speaker(Broken(), speaker._text, P)  # type: ignore[arg-type]
-    broken.start()
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="the decoder"):
-            list(broken.complete(ask()))
-    broken.stop()
+    with Speaker(Broken(), speaker._text, P) as broken:  # type: ignore[arg-type]
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the decoder"):
+                list(broken.complete(ask()))
 
 
 def test_what_nobody_waits_for_is_dropped(speaker: Speaker):
