@@ -29,6 +29,7 @@ COMMANDS = {  # command -> "module:function"
     "report": "gadjax.run:report",
     "export": "gadjax.run:export",
     "compare": "gadjax.compare:compare",
+    "judge": "gadjax.judging:judge",
     "doctor": "gadjax.doctor:doctor",
     "chat": "gadjax.chat:chat",
     "serve": "gadjax.serve:serve",
@@ -219,6 +220,19 @@ def compare(
     Example: gadjax compare runs/quickstart runs/second --stage gad
     """
     _call("compare", runs, stage, out, as_json)
+
+
+@app.command()
+def judge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was evaluated.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Let a model behind an OpenAI-compatible endpoint judge the stages' answers: points against its own, wins against the teacher's.
+
+    Example: gadjax judge runs/quickstart evaluation.judge.model=gpt-4o evaluation.judge.max_cost=5
+    """
+    _call("judge", run, overrides or [], as_json)
 
 
 @app.command()

@@ -1,9 +1,11 @@
 """Files that are whole or absent: written beside, flushed to the disk, then renamed; and JSON without NaN."""
 
+import csv
+import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,19 @@ def replace_file(path: Path, text: str) -> None:
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as JSON, with null for what JSON cannot say: NaN and infinities."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as CSV. A text that a spreadsheet would take for a formula begins with an apostrophe."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_no_formula(cell) for cell in row] for row in rows)
+    return file.getvalue()
+
+
+def _no_formula(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(("=", "+", "-", "@", "|", "%")) else cell
 
 
 def finite(value: Any) -> Any:

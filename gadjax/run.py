@@ -15,6 +15,7 @@ from gadjax.evaluation.summary import summarise
 from gadjax.evaluation.table import print_table
 from gadjax.export import export_discriminator, export_stage
 from gadjax.files import replace_file, to_json
+from gadjax.judging import judge_run, verdicts_so_far
 from gadjax.prepare import check_devices, check_student, prepare_data, student_folder
 from gadjax.report.audit import write_audit
 from gadjax.report.page import write_report
@@ -38,6 +39,8 @@ def run(config: Path, overrides: list[str]) -> None:
         by_first(lambda: _report(opened))
         name = opened.config.evaluation.export or list(opened.config.stages)[-1]
         say(f"export: {export_stage(session, name)}")
+        if opened.config.evaluation.judge:  # last, for it may find no key where models are trained
+            by_first(lambda: _judge(opened))
 
 
 def prepare(config: Path, overrides: list[str]) -> None:
@@ -125,12 +128,20 @@ def _evaluate(session: Session, clock: Clock | None) -> None:
     measured = evaluate_stages(session)
     if clock is None:
         return
+    judged = verdicts_so_far(session.run)
+    measured = {stage: metrics | judged.get(stage, {}) for stage, metrics in measured.items()}
     file = session.run.folder / "summary.json"
     summary = summarise(measured, clock.seconds)
     before = json.loads(file.read_text()) if file.exists() else {}
     if summary != before | {"seconds": summary["seconds"]}:
         replace_file(file, to_json(summary, indent=2))
     print_table(summary, console)
+
+
+def _judge(opened: Run) -> None:
+    assert opened.config.evaluation.judge is not None
+    print_table(judge_run(opened, opened.config.evaluation.judge), console)
+    _report(opened)
 
 
 def _report(opened: Run) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +43,7 @@ _MAY_CHANGE = (
         "evaluation.export",
         "evaluation.best_of",
         "evaluation.discriminator",
+        "evaluation.judge",
     ),
     *(f"teacher.{name}" for name in ("base_url", "api_key_env", "concurrency", "max_cost", "price", "timeout", "tries", "retry_wait")),
     *("teacher.requests_per_minute", "teacher.tokens_per_minute", "teacher.batch"),
@@ -107,9 +108,15 @@ class Run:
         return run
 
     @classmethod
-    def at(cls, folder: Path) -> "Run":
-        """The run that lies in a folder, wherever it was made."""
-        return cls(load_config(folder / CONFIG, []), folder)
+    def at(cls, folder: Path, overrides: Sequence[str] = ()) -> "Run":
+        """The run that lies in a folder, wherever it was made.
+
+        Raises:
+            UserError: there is none, or an override is at fault.
+        """
+        if not (folder / CONFIG).is_file():
+            raise UserError(str(folder), "is no run", "name a run's folder: runs/quickstart")
+        return cls(load_config(folder / CONFIG, list(overrides)), folder)
 
     def fetch(self) -> None:
         """Brings the folder up to its copy in the bucket, where the run was taken further by another machine.

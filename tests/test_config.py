@@ -174,7 +174,12 @@ def numbers(section: type[Section], path: tuple[str, ...] = ()) -> Iterator[tupl
 
 OF_STAGES = [("stages", name, *path) for name, entry in ALGORITHMS.items() for path in numbers(entry.config)]
 PRICED = {"price": {"input": 1.0, "output": 1.0}}
-NEEDED = {"teacher": PRICED, "teachers": {"mini": copy.deepcopy(PRICED)}, "stages": {name: {"algorithm": name} for name in ALGORITHMS}}
+NEEDED = {
+    "teacher": PRICED,
+    "teachers": {"mini": copy.deepcopy(PRICED)},
+    "stages": {name: {"algorithm": name} for name in ALGORITHMS},
+    "evaluation": {"judge": copy.deepcopy(PRICED)},
+}
 
 
 @pytest.mark.parametrize("path", [*numbers(Config), *OF_STAGES], ids=".".join)

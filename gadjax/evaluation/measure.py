@@ -1,23 +1,24 @@
 """All metrics of one stage from its answers, by the names that `summary.json` has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gadjax.evaluation.config import TextMetric
 from gadjax.evaluation.samples import BEST_OF, Samples
-from gadjax.evaluation.statistics import by_prompt
+from gadjax.evaluation.statistics import Estimate, by_prompt, estimate
 from gadjax.evaluation.texts import distinct_2, overlap, rouge_l
 from gadjax.evaluation.tutor import reverse_kl, verdicts
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of a stage: its value, and where it is a mean over prompts, each prompt's own."""
+    """A metric of a stage: its value, and where it is a mean over prompts, each prompt's own and how its interval is found."""
 
     value: float
     by_prompt: Mapping[str, float] | None = None
+    interval: Callable[[Iterable[float]], Estimate] = estimate
 
 
 def measure(answers: Mapping[str, Samples], texts: Sequence[TextMetric], vocabulary: int | None = None) -> dict[str, Metric]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gadjax.evaluation.measure import Metric
-from gadjax.evaluation.statistics import estimate, paired_difference
+from gadjax.evaluation.statistics import paired_difference
 from gadjax.files import finite
 
 Stages = Mapping[str, Mapping[str, Metric]]
@@ -45,10 +45,16 @@ def summarise(stages: Stages, seconds: float, baseline: str = "seqkd") -> dict[s
 
 
 def _intervals(metrics: Mapping[str, Metric]) -> dict[str, list[float]]:
-    found = {name: estimate(metric.by_prompt.values()) for name, metric in metrics.items() if metric.by_prompt}
+    found = {name: metric.interval(metric.by_prompt.values()) for name, metric in metrics.items() if metric.by_prompt}
     return {name: [interval.low, interval.high] for name, interval in found.items()}
 
 
 def _differences(metrics: Mapping[str, Metric], baseline: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
     pairs = ((name, metric.by_prompt, baseline[name].by_prompt) for name, metric in metrics.items() if name in baseline)
-    return {name: vars(paired_difference(ours, theirs)) for name, ours, theirs in pairs if ours and theirs}
+    return {name: vars(paired_difference(ours, theirs, metrics[name].interval)) for name, ours, theirs in pairs if ours and theirs}
+
+
+def merged(summary: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary with the metrics of another one of the same run, stage by stage."""
+    parts = ("stages", "intervals", "differences")
+    return {**summary} | {part: {stage: metrics | other[part].get(stage, {}) for stage, metrics in summary[part].items()} for part in parts}

@@ -78,6 +78,8 @@ MEANINGS = {
     "best_of_validity": "validity of the discriminator's choice",
     "best_of_correctness": "correctness of the discriminator's choice",
     "best_of_length_mean": "tokens of the discriminator's choice",
+    "judge_points": "100 · student / (student + the judge's own answer)",
+    "wins_teacher": "share of prompts on which the judge finds it better than the teacher's; a tie counts one half",
     "reverse_kl": "from the tutor, nats per answer; uniform text scores low, too",
 }
 
