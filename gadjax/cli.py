@@ -224,15 +224,21 @@ def compare(
 
 @app.command()
 def judge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was evaluated.")],
+    stage: Stage,
     overrides: Overrides = None,
+    human: Annotated[bool, typer.Option("--human", help="People vote, on a page that only this machine can open.")] = False,
+    against: Annotated[str, typer.Option(help="With --human: `teacher`, or another stage of the run.")] = "teacher",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --human: where the page is; 0 takes a free port.")] = 8010,
+    results: Annotated[bool, typer.Option("--results", help="With --human: only tell what came out so far.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Let a model behind an OpenAI-compatible endpoint judge the stages' answers: points against its own, wins against the teacher's.
+    """Let a model behind an OpenAI-compatible endpoint judge the answers of all stages; or let people judge one stage's.
 
     Example: gadjax judge runs/quickstart evaluation.judge.model=gpt-4o evaluation.judge.max_cost=5
+
+    Example: gadjax judge --human runs/quickstart/gad --against seqkd
     """
-    _call("judge", run, overrides or [], as_json)
+    _call("judge", stage, overrides or [], (against, port, results) if human else None, as_json)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from gadjax.evaluation.statistics import bootstrap
 from gadjax.evaluation.summary import merged, summarise
 from gadjax.evaluation.table import print_table
 from gadjax.files import replace_file, to_csv, to_json
+from gadjax.human import TEACHER, judge_by_people
 from gadjax.records import Prompt
 from gadjax.report.page import read_summary
 from gadjax.runs import Run
@@ -26,7 +27,6 @@ from gadjax.teachers.collect import BACKENDS
 from gadjax.teachers.requests import Outcome, Request
 from gadjax.terminal import console, say, track
 
-TEACHER = "teacher"  # in `against`
 CACHE = "judge.sqlite"
 
 
@@ -45,18 +45,22 @@ class Answers:
     others: Mapping[str, Mapping[str, str]]
 
 
-def judge(place: Path, overrides: list[str], as_json: bool) -> None:
-    """Asks for the verdicts that are missing, shows all, and adds them to the run's summary.
+def judge(place: str, overrides: list[str], by_people: tuple[str, int, bool] | None, as_json: bool) -> None:
+    """Asks for the verdicts that are missing, shows all, and adds them to the run's summary; or lets people vote.
 
     Args:
-        place: the run's folder.
+        place: the run's folder; with `by_people` it may name a stage.
         overrides: of its config, for example `evaluation.judge.model=gpt-4o`.
+        by_people: what `judge_by_people` is told.
         as_json: one JSON object on stdout.
 
     Raises:
         UserError: the run has no answers or no judge, or the judge cannot be asked. Verdicts that were paid for are kept.
     """
-    run = Run.at(place, overrides)
+    if by_people is not None:
+        judge_by_people(place, *by_people, as_json)
+        return
+    run = Run.at(Path(place).expanduser(), overrides)
     config = run.config.evaluation.judge
     if config is None:
         raise UserError("evaluation.judge", "the run has no judge", "add evaluation.judge.model=gpt-4o, or another model, to the command")
