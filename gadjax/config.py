@@ -94,7 +94,7 @@ class DataConfig(Section):
     Attributes:
         max_prompt_tokens: P; longer prompts lose the end of the user's text.
         max_response_tokens: R; longer responses are cut and have no end of turn.
-        row_tokens: L, tokens of a packed row; by default the largest group.
+        row_tokens: L, tokens of a packed row, rounded up to what the mesh divides; by default the largest group.
         rows: M, packed rows of a micro-batch; by default one per data-parallel device.
         teachers: whose answers are used, by name: `teacher`, or one of `teachers`; null: those of all.
         samples: how many answers of each teacher to a prompt are used; null: as many as it was asked for.

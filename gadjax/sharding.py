@@ -33,17 +33,18 @@ from gadjax.errors import UserError
 from gadjax.section import Section
 from gadjax.terminal import console
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 # Products with gathered weights stay whole: as loops over the devices they take twice as long to compile and more memory.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 RULES: dict[str | None, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),  # packed rows of a micro-batch
-    "groups": ("data", "fsdp"),  # prompts of a rollout
-    "slots": ("data", "fsdp"),  # samples that a rollout decodes at once
-    "tokens": ("tensor",),  # of a row, between layers
-    "embed": ("fsdp",),
+    "groups": ("data", "fsdp", "context"),  # prompts of a rollout
+    "slots": ("data", "fsdp", "context"),  # samples that a rollout decodes at once
+    "tokens": ("context", "tensor"),  # of a row, between layers
+    "queries": ("context",),  # of a row, in attention: keys and values travel, and are whole on every device
+    "embed": ("fsdp", "context"),
     "vocabulary": ("tensor",),
     "words": AXES,  # the vocabulary while logits are made
     "heads": ("tensor",),
@@ -58,16 +59,19 @@ RULES: dict[str | None, tuple[str, ...]] = {
 
 
 class MeshConfig(Section):
-    """How many devices lie along each axis; -1 for `fsdp` takes what the other two leave.
+    """How many devices lie along each axis; -1 for `fsdp` takes what the others leave.
 
     Attributes:
         data: copies of the parameters, each with its own rows.
         fsdp: parts into which the parameters and the rows are divided.
+        context: parts into which the tokens of each row are divided, and the parameters once more: for rows so long, or devices so many,
+            that one row a device is too much.
         tensor: parts into which heads, vocabulary and the feed-forward width are divided.
     """
 
     data: int = Field(default=1, ge=1)
     fsdp: int = Field(default=-1)
+    context: int = Field(default=1, ge=1)
     tensor: int = Field(default=1, ge=1)
 
     @field_validator("fsdp")
@@ -81,17 +85,23 @@ class MeshConfig(Section):
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config over `devices` (all of them by default). A mesh that they do not fill is a UserError."""
     devices = jax.devices() if devices is None else devices
-    fsdp = max(1, len(devices) // (config.data * config.tensor)) if config.fsdp == -1 else config.fsdp
-    sizes = (config.data, fsdp, config.tensor)
-    if config.data * fsdp * config.tensor != len(devices):
+    others = config.data * config.context * config.tensor
+    fsdp = max(1, len(devices) // others) if config.fsdp == -1 else config.fsdp
+    sizes = (config.data, fsdp, config.context, config.tensor)
+    if math.prod(sizes) != len(devices):
         taken = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError("mesh", f"{taken} does not make {len(devices)} devices", "choose sizes whose product is the number of devices")
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices))
 
 
+def multiple_of(name: str, mesh: Mesh | AbstractMesh) -> int:
+    """What a dimension of this logical name must be a multiple of to be divided."""
+    return math.prod(mesh.shape[axis] for axis in RULES[name])
+
+
 def row_multiple(mesh: Mesh | AbstractMesh) -> int:
-    """What the number of rows, and of groups, must be a multiple of."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """What the number of rows must be a multiple of."""
+    return multiple_of("rows", mesh)
 
 
 def row_shards() -> int:
@@ -104,11 +114,8 @@ def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | Ab
     """The partition of an array with these logical names; a dimension that its axes do not divide is not divided."""
     spec: list[Any] = []
     for name, size in zip(names, shape, strict=True):
-        axes = RULES[name]
-        parts = 1
-        for axis in axes:
-            parts *= mesh.shape[axis]
-        spec.append(axes if axes and size % parts == 0 else None)
+        axes = tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
+        spec.append(axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None)
     used = [axis for axes in spec if axes for axis in axes]
     assert len(used) == len(set(used)), f"{names} divides one mesh axis twice"
     return PartitionSpec(*spec)
@@ -147,7 +154,7 @@ def constrain(array: jax.Array, *names: str | None) -> jax.Array:
 def parts_of(name: str, size: int) -> int:
     """Into how many parts the mesh in scope divides a dimension of this logical name and size."""
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
+    parts = 1 if mesh.empty else multiple_of(name, mesh)
     return 1 if size % parts else parts
 
 

@@ -5,6 +5,7 @@
 Letters: B groups, J = 1 + N responses with the teacher's first, P prompt tokens, R response tokens, L tokens of a row.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +33,7 @@ from gadjax.rollout.backend import RolloutBackend
 from gadjax.rollout.config import RolloutConfig
 from gadjax.rollout.decode import SamplingPlan
 from gadjax.rollout.engine import Engine
-from gadjax.sharding import jit_on, make_mesh, named_sharding, put, replicated, row_multiple
+from gadjax.sharding import jit_on, make_mesh, multiple_of, named_sharding, put, replicated, row_multiple
 from gadjax.types import Cells, PackedRows, Params, Role, Rollout, TrainState
 
 ROW_MULTIPLE = 8  # rows are a multiple of this long
@@ -46,7 +47,8 @@ def row_shape(data: DataConfig, mesh: Mesh, groups: int, responses: int, togethe
     """
     lengths = {"prompt_tokens": data.max_prompt_tokens, "response_tokens": data.max_response_tokens}
     shortest, largest = sum(lengths.values()), data.max_prompt_tokens + responses * data.max_response_tokens
-    length = data.row_tokens or -(-largest // ROW_MULTIPLE) * ROW_MULTIPLE
+    divided = math.lcm(1 if data.row_tokens else ROW_MULTIPLE, multiple_of("tokens", mesh))
+    length = -(-(data.row_tokens or largest) // divided) * divided
     if length < shortest:
         raise UserError("data.row_tokens", f"{length} is less than a prompt and a response", f"make it at least {shortest}")
     multiple = row_multiple(mesh)

@@ -256,11 +256,11 @@ def test_a_student_is_given_or_made(load: Load):
 
 
 def test_a_mesh_that_does_not_fill_the_devices():
-    with pytest.raises(UserError, match=r"^mesh: data 3 x fsdp 2 x tensor 1 does not make 8 devices; choose sizes"):
+    with pytest.raises(UserError, match=r"^mesh: data 3 x fsdp 2 x context 1 x tensor 1 does not make 8 devices; choose sizes"):
         make_mesh(make_config({"mesh": {"data": 3}}).mesh)
-    with pytest.raises(UserError, match=r"^mesh: data 1 x fsdp 1 x tensor 16 does not make 8 devices"):
+    with pytest.raises(UserError, match=r"^mesh: data 1 x fsdp 1 x context 1 x tensor 16 does not make 8 devices"):
         make_mesh(make_config({"mesh": {"tensor": 16}}).mesh)
-    assert make_mesh(make_config({"mesh": {"data": 2, "tensor": 2}}).mesh).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert make_mesh(make_config({"mesh": {"data": 2, "tensor": 2}}).mesh).shape == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------

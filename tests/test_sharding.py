@@ -25,7 +25,7 @@ TEACHER = [[(2, 3, 12)], [(4, 4, 4, 4, 12)], [(11, 12)], [(12,)], [(7, 12)]]
 
 
 def test_fsdp_takes_the_devices_that_are_left():
-    assert dict(make_mesh(MeshConfig(data=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(data=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     assert row_multiple(make_mesh(MeshConfig(tensor=2))) == 4
 
 
@@ -40,6 +40,9 @@ def test_dimensions_are_divided_by_their_rule_where_it_divides_them():
     assert partition(("layers", "embed", "heads", "head"), (3, 16, 4, 8), mesh) == P(None, ("fsdp",), ("tensor",), None)
     assert partition(("embed", "kv_heads"), (16, 3), mesh) == P(("fsdp",), None)
     assert partition(("rows", None), (8, 5), mesh) == P(("data", "fsdp"), None)
+    long_rows = make_mesh(MeshConfig(context=4))
+    assert partition(("rows", "queries", "heads", "head"), (2, 24, 4, 8), long_rows) == P(("fsdp",), ("context",), None, None)
+    assert partition(("layers", "embed", "mlp"), (3, 16, 4), long_rows) == P(None, ("fsdp", "context"), None)
 
 
 def test_one_mesh_axis_divides_an_array_once():
@@ -74,10 +77,22 @@ def cycle(mesh: MeshConfig, devices: int) -> dict[str, np.ndarray]:
     return jax.device_get(results | judged | learned | {f"seqkd {name}": value for name, value in taught.items()})
 
 
-def test_eight_devices_compute_what_one_does():
-    one = cycle(MeshConfig(), 1)
-    eight = cycle(MeshConfig(data=2, fsdp=2, tensor=2), 8)
-    np.testing.assert_array_equal(one.pop("tokens"), eight.pop("tokens"))
+@pytest.fixture(scope="module")
+def one() -> dict[str, np.ndarray]:
+    return cycle(MeshConfig(), 1)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        MeshConfig(fsdp=2, tensor=4),  # which does not divide the two key/value heads: they are on every device
+        MeshConfig(fsdp=2, context=2, tensor=2),  # the tokens of a row on four devices
+    ],
+)
+def test_eight_devices_compute_what_one_does(one: dict[str, np.ndarray], mesh: MeshConfig):
+    eight = cycle(mesh, 8)
+    np.testing.assert_array_equal(one["tokens"], eight["tokens"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, eight)
     assert one["rollout/logp_gap"] < 1e-5, "the sampler's log-probabilities are not the trainer's"
     assert one["student/grad_norm"] > 0.01

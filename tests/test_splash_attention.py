@@ -43,11 +43,12 @@ def attended(way: AttendRows, cells: Cells, heads: int, kv_heads: int, mesh: Mes
         (28, 4, MeshConfig()),  # Qwen2.5-7B on one device
         (28, 4, MeshConfig(fsdp=2, tensor=4)),
         (16, 2, MeshConfig(data=2, fsdp=1, tensor=4)),  # Qwen2.5-3B: each key/value head on two devices
+        (4, 2, MeshConfig(fsdp=1, context=4, tensor=2)),  # queries in four parts, of which two have none
         (6, 2, MeshConfig(data=1, fsdp=2, tensor=4)),  # heads that cannot be divided are whole everywhere
     ],
 )
 def test_real_head_counts_on_a_mesh(heads: int, kv_heads: int, mesh: MeshConfig):
-    cells, devices = two_groups(), mesh.data * abs(mesh.fsdp) * mesh.tensor
+    cells, devices = two_groups(), mesh.data * abs(mesh.fsdp) * mesh.context * mesh.tensor
     found = attended(lambda cells: splash(cells, interpret=True), cells, heads, kv_heads, mesh, devices)
     wanted = attended(dense, cells, heads, kv_heads, MeshConfig(), 1)
     assert len(np.unique(cells.segments_ML)) >= 2

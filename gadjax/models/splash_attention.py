@@ -34,8 +34,10 @@ def splash(cells: Cells, *, interpret: bool = False) -> Attend:
         interpret: runs the kernel's steps one by one, on any device; for tests.
     """
     length = cells.tokens_ML.shape[1]
-    fill = -length % BLOCKS[-1]
-    block = next(size for size in BLOCKS if (length + fill) % size == 0)
+    shards = parts_of("queries", length)
+    fill = -length % (BLOCKS[-1] * shards)
+    block = next(size for size in BLOCKS if (length + fill) // shards % size == 0)
+    masks, way = _kernel(length + fill, shards, block, interpret)
     segments_ML = jnp.pad(cells.segments_ML, ((0, 0), (0, fill)), constant_values=-1)
     query_tags, key_tags = _tags(cells.responses_ML)
 
@@ -46,21 +48,27 @@ def splash(cells: Cells, *, interpret: bool = False) -> Attend:
         copies = math.lcm(kv_heads, parts_of("heads", heads)) // kv_heads  # so that every device has the keys of its queries
         key, value = (jnp.repeat(array, copies, axis=2) for array in (_tagged(key, key_tags), value))
         by_head = [jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, fill), (0, 0))) for array in (query, key, value)]
-        names = ("rows", "heads", None, None)
-        run = partial(_run, block=block, interpret=interpret)
-        out = on_shards(run, [*by_head, segments_ML], [names, names, names, ("rows", None)])
+        names = [("rows", "heads", tokens, None) for tokens in ("queries", None, None)]
+        of_masks = [(None, "queries", None) if mask.ndim == 3 else ("queries",) for mask in masks]
+        arrays = [*by_head, segments_ML, segments_ML, *masks]
+        out = on_shards(partial(_run, way), arrays, [*names, ("rows", "queries"), ("rows", None), *of_masks])
         return out[:, :, :length].swapaxes(1, 2).reshape(rows, length, kv_heads, group, width), memory
 
     return attend
 
 
-def _run(query: jax.Array, key: jax.Array, value: jax.Array, segments_ML: jax.Array, *, block: int, interpret: bool) -> jax.Array:
-    """[M, heads, L, ...] each; what is on one device."""
-    heads, length = query.shape[1:3]
+def _kernel(length: int, shards: int, block: int, interpret: bool) -> tuple[list[jax.Array], Any]:
+    """The kernel for queries in so many parts: what it knows of each block of queries, one part after the other, and the rest."""
     sizes = kernel.BlockSizes(**dict.fromkeys(SIZES, block))
-    mask = MultiHeadMask([CausalMask((length, length))] * heads)
-    attention = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    out: Any = jax.vmap(attention)(query, key, value, kernel.SegmentIds(segments_ML, segments_ML))
+    mask = MultiHeadMask([CausalMask((length, length), shard_count=shards)])  # of every head
+    made = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret)
+    return jax.tree.flatten(made)
+
+
+def _run(way: Any, query: jax.Array, key: jax.Array, value: jax.Array, asking: jax.Array, asked: jax.Array, *masks: jax.Array) -> jax.Array:
+    """[M, heads, L, ...] each, the segments of queries and of keys; what is on one device."""
+    attention = jax.tree.unflatten(way, masks)
+    out: Any = jax.vmap(attention)(query, key, value, kernel.SegmentIds(asking, asked))
     return out
 
 

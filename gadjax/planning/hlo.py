@@ -154,7 +154,7 @@ def _touched_by(each: Instruction, computations: dict[str, list[Instruction]], s
     if each.operation == "fusion":
         return _fusion(each, computations.get(_called(each.rest, "calls"), []), sizes)
     if each.operation in ("slice-start", "dynamic-slice-start", "copy-start"):
-        return min(size for size in _parts(each.type) if size > SCALAR)
+        return min((size for size in _parts(each.type) if size > SCALAR), default=0.0)
     if each.operation in ("dynamic-update-slice", "scatter"):
         return 2 * sizes.get(each.operands[1 if each.operation == "dynamic-update-slice" else 2], 0)
     read = 0.0 if each.operation == "dynamic-slice" else sum(sizes.get(operand, 0) for operand in each.operands)

@@ -21,7 +21,7 @@ from gadjax.rollout.config import RolloutConfig
 from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill, make_weights
 from gadjax.rollout.sampling import stream_keys
 from gadjax.rollout.slots import Decoding, Order, Prompts, empty, fewer
-from gadjax.sharding import jit_on, named_sharding, put, replicated, row_multiple
+from gadjax.sharding import jit_on, multiple_of, named_sharding, put, replicated
 from gadjax.types import Params, Rollout
 
 Ids = Sequence[int]
@@ -122,7 +122,7 @@ class Engine:
 
     def sizes(self, groups: int) -> tuple[int, int, int]:
         """For so many groups: G, S and C."""
-        samples, multiple = self._plan.samples, row_multiple(self._mesh)
+        samples, multiple = self._plan.samples, multiple_of("slots", self._mesh)
 
         def rounded_up(number: int) -> int:
             return -(-number // multiple) * multiple

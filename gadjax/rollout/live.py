@@ -22,7 +22,7 @@ from gadjax.models.decoder import Network
 from gadjax.rollout.decode import make_prefill, make_weights
 from gadjax.rollout.sampling import draw, integer_probabilities, nucleus
 from gadjax.rollout.slots import Cache, Prompts, prompts_on_mesh
-from gadjax.sharding import constrain, jit_on, named_sharding, put, replicated, row_multiple
+from gadjax.sharding import constrain, jit_on, multiple_of, named_sharding, put, replicated
 from gadjax.types import Params
 
 STEPS = 4  # K
@@ -164,7 +164,7 @@ class Live:
     ):
         self._mesh, self._end, self.samples = mesh, end_of_turn, samples
         self._prompt_tokens, self.response_tokens = lengths
-        multiple = row_multiple(mesh)
+        multiple = multiple_of("slots", mesh)
         self.places = -(-places // multiple) * multiple
         dtype = network.bind(network.shapes).trunk.dtype
 
