@@ -25,7 +25,7 @@ CHUNK = 1000  # imported rows a transaction
 
 def check_teacher(run: Run) -> None:
     """Tells what is wrong with the prompts, and what a first request would be refused for."""
-    if not all(run.prompts):
+    if not all(run.prompts.values()):
         raise UserError("prompts", "there are none to train on, or none held out", "give more prompts")
     for teacher in run.config.all_teachers.values():
         match teacher.backend:
@@ -35,13 +35,13 @@ def check_teacher(run: Run) -> None:
             case "file" if not run.cache.exists():
                 next(read_pairs(str(teacher.path)), None)
             case "tutor":
-                for prompt in itertools.chain(*run.prompts):
+                for prompt in itertools.chain(*run.prompts.values()):
                     grammar.check(prompt.messages[-1]["content"])
 
 
 def collect_answers(run: Run, limit: int | None = None) -> None:
     """The answers of all teachers to all prompts into the run's cache; of each teacher only `limit`, where it is given."""
-    prompts = [*run.prompts[0], *run.prompts[1]]
+    prompts = [*itertools.chain(*run.prompts.values())]
     teachers = run.config.all_teachers
     for name, teacher in teachers.items():
         title = "collect" if len(teachers) == 1 else f"collect {name}"
@@ -72,7 +72,7 @@ def collect_command(config: Path, overrides: list[str], show_status: bool, dry_r
 
 def status(run: Run) -> dict[str, float]:
     """How many of the wanted answers have which outcome, all teachers together, and the dollars that all of the cache has cost."""
-    prompts = [*run.prompts[0], *run.prompts[1]]
+    prompts = [*itertools.chain(*run.prompts.values())]
     keys = {request.key for teacher in run.config.all_teachers.values() for request in all_requests(prompts, teacher)}
     counts, cost = Counter[str](), 0.0
     if run.cache.exists():
@@ -86,7 +86,7 @@ def status(run: Run) -> dict[str, float]:
 
 def _estimate(run: Run, limit: int | None) -> dict[str, float]:
     """What is still to be asked of all teachers together."""
-    prompts = [*run.prompts[0], *run.prompts[1]]
+    prompts = [*itertools.chain(*run.prompts.values())]
     found = list[Estimate]()
     for name, teacher in run.config.all_teachers.items():
         requests = sorted(all_requests(prompts, teacher), key=lambda request: request.key)[:limit]

@@ -21,7 +21,7 @@ from gadjax.models.decoder import DecoderConfig, language_model
 from gadjax.models.fresh import fresh_dims
 from gadjax.serve import TOKEN
 from gadjax.teachers.openai import price_of
-from gadjax.teachers.sources import load_prompts
+from gadjax.teachers.sources import load_prompts, load_tests
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "grain", "openai", "numpy")
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", TOKEN)
@@ -75,10 +75,10 @@ def _dims(config: Config) -> DecoderConfig | None:
 
 def _prompts(config: Config) -> Facts:
     try:
-        train, validation = load_prompts(config.prompts, config.teacher, config.run.seed)
+        splits = [*load_prompts(config.prompts, config.teacher, config.run.seed), *load_tests(config.prompts).values()]
     except UserError as mistake:
         return {"prompts": None, "prompts_mend": str(mistake)}
-    return {"prompts": len(train) + len(validation)}
+    return {"prompts": sum(map(len, splits))}
 
 
 def _teacher(config: Config) -> Facts:

@@ -1,4 +1,7 @@
-"""Every stage measured the same way on the held-out prompts: greedy, and one sample at T = 0.8 and at 1.0."""
+"""Every stage measured the same way on the held-out prompts and the test sets: greedy, and one sample at T = 0.8 and at 1.0."""
+
+import itertools
+from pathlib import Path
 
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.checkpointing import checkpoint_digest
@@ -12,6 +15,8 @@ from gadjax.scoring import Scorer
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first
 from gadjax.terminal import track
+
+HELD_OUT = "validation"  # the split that the summary is of
 
 
 def evaluated_stages(run: Run) -> list[str]:
@@ -48,23 +53,32 @@ def _origin(session: Session, name: str) -> str:
     return to_json({"data": session.snapshot.digest, "weights": weights} | choice, indent=1)
 
 
-def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
-    """Measures every stage; answers that were written already are read, unless the weights or the data are others now.
+def evaluation_folder(run: Run, split: str = HELD_OUT) -> Path:
+    """Where the answers to a split's prompts are: those of a test set in a folder of its name."""
+    return run.folder / "evaluation" / ("" if split == HELD_OUT else split)
+
+
+Measured = dict[str, dict[str, dict[str, Metric]]]  # of a split, of a stage
+
+
+def evaluate_stages(session: Session) -> Measured:
+    """Measures every stage on the held-out prompts and on the test sets; answers that were written already are read, unless the
+    weights or the data are others now.
 
     All processes answer; process 0 measures, the others return nothing.
     """
-    examples = [session.snapshot.validation[index] for index in range(len(session.snapshot.validation))]
+    splits = [name for name in session.snapshot.splits if name != "train"]
     names = evaluated_stages(session.run)
-    measured: dict[str, dict[str, Metric]] = {}
     modes = [*MODES, *[BEST_OF] * (session.run.config.evaluation.best_of > 1)]
-    scorer = None
-    with track("evaluate", len(names) * len(modes)) as advance:
-        for index, name in enumerate(names):
-            file = session.run.folder / "evaluation" / f"{name}.jsonl"
+    measured: Measured = {split: {} for split in splits}
+    scorer, total = None, len(names) * len(splits) * len(modes)
+    with track("evaluate", total) as advance:
+        for index, (name, split) in enumerate(itertools.product(names, splits)):
+            file = evaluation_folder(session.run, split) / f"{name}.jsonl"
             mark, origin = file.with_suffix(".origin.json"), _origin(session, name)
             if not agreed(file.exists() and mark.exists() and mark.read_text(encoding="utf-8") == origin):
                 params, scorer = session.student_params(name), scorer or _scorer(session)
-                answers: dict[str, Samples] = {}
+                examples, answers = [*session.snapshot.splits[split]], dict[str, Samples]()
                 for number, mode in enumerate(modes):
                     answers[mode] = session.answerer.answer(params, examples, mode, scorer if mode == BEST_OF else None)
                     advance(index * len(modes) + number, name)
@@ -73,6 +87,6 @@ def evaluate_stages(session: Session) -> dict[str, dict[str, Metric]]:
                     replace_file(mark, origin)
                     session.run.push()
             if is_first():
-                measured[name] = measure(read_answers(file), session.run.config.evaluation.metrics, session.tutored)
+                measured[split][name] = measure(read_answers(file), session.run.config.evaluation.metrics, session.tutored)
             advance((index + 1) * len(modes), name)
     return measured

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import UserError
-from gadjax.evaluate import evaluated_stages
+from gadjax.evaluate import HELD_OUT, evaluated_stages, evaluation_folder
 from gadjax.evaluation.answers import read_answers
 from gadjax.evaluation.judge import JudgeConfig, Pair, better_pair, points_pair, reference_request, share_of_points, share_of_wins
 from gadjax.evaluation.measure import Metric
 from gadjax.evaluation.statistics import bootstrap
 from gadjax.evaluation.summary import merged, summarise
-from gadjax.evaluation.table import print_table
+from gadjax.evaluation.table import print_tables
 from gadjax.files import replace_file, to_csv, to_json
 from gadjax.human import TEACHER, judge_by_people
 from gadjax.records import Prompt
@@ -69,21 +69,22 @@ def judge(place: str, overrides: list[str], by_people: tuple[str, int, bool] | N
     if as_json:
         print(to_json(summary))
     else:
-        print_table(summary, console)
+        print_tables(summary, console)
 
 
 def judge_run(run: Run, config: JudgeConfig) -> dict[str, Any]:
     """Asks for what is missing and adds all verdicts to `summary.json`; returns their own summary."""
-    answers = gather(run, config)
-    ask(run, config, answers)
-    found = verdicts(run, config, answers)
-    summary = summarise(found, 0.0)
+    for split in _splits(run):
+        ask(run, config, gather(run, config, split))
+    found = _verdicts(run, config)
+    summary = _summary(found)
     file = run.folder / "summary.json"
     if (before := read_summary(file)) is not None:
         replace_file(file, to_json(merged(before, summary), indent=2))
     rows = (
         (stage, name, prompt, value)
-        for stage, metrics in found.items()
+        for stages in found.values()
+        for stage, metrics in stages.items()
         for name, metric in metrics.items()
         for prompt, value in (metric.by_prompt or {}).items()
     )
@@ -93,15 +94,27 @@ def judge_run(run: Run, config: JudgeConfig) -> dict[str, Any]:
     return summary
 
 
-def verdicts_so_far(run: Run) -> dict[str, dict[str, Metric]]:
-    """What the run's judge, if it has one, has said of the answers as they are now."""
+def verdicts_so_far(run: Run) -> dict[str, Any]:
+    """The summary of what the run's judge, if it has one, has said of the answers as they are now."""
     config = run.config.evaluation.judge
-    return verdicts(run, config, gather(run, config)) if config and (run.folder / CACHE).exists() else {}
+    return _summary(_verdicts(run, config) if config and (run.folder / CACHE).exists() else {HELD_OUT: {}})
 
 
-def gather(run: Run, config: JudgeConfig) -> Answers:
-    """The answers of all stages that were evaluated, and of those they are compared with."""
-    folder = run.folder / "evaluation"
+def _splits(run: Run) -> list[str]:
+    return [HELD_OUT, *run.config.prompts.tests]
+
+
+def _verdicts(run: Run, config: JudgeConfig) -> dict[str, dict[str, dict[str, Metric]]]:
+    return {split: verdicts(run, config, gather(run, config, split)) for split in _splits(run)}
+
+
+def _summary(found: Mapping[str, Mapping[str, Mapping[str, Metric]]]) -> dict[str, Any]:
+    return summarise(found[HELD_OUT], 0.0, {split: stages for split, stages in found.items() if split != HELD_OUT})
+
+
+def gather(run: Run, config: JudgeConfig, split: str = HELD_OUT) -> Answers:
+    """The answers of all stages that were evaluated to a split's prompts, and of those they are compared with."""
+    folder = evaluation_folder(run, split)
     greedy = {stage: read_answers(folder / f"{stage}.jsonl")["greedy"] for stage in evaluated_stages(run)}
     first = next(iter(greedy.values()))
     prompts = dict(list({prompt.id: prompt for prompt in first.prompts}.items())[: config.prompts])
@@ -114,7 +127,7 @@ def gather(run: Run, config: JudgeConfig) -> Answers:
             others[name] = stages[name]
         else:
             elsewhere, stage = Run.find(name)
-            samples = read_answers(elsewhere.folder / "evaluation" / f"{stage}.jsonl")["greedy"]
+            samples = read_answers(evaluation_folder(elsewhere, split) / f"{stage}.jsonl")["greedy"]
             others[name] = _by_id(prompts, samples.ids, samples.texts)
             if not others[name]:
                 what = f"{name} answered none of this run's prompts"

@@ -44,7 +44,7 @@ def check_student(run: Run) -> None:
         folder = given_student(run.config.student.path)
         text, family, dims = read_student(folder, run.config.student)
         open_weights(folder, family, language_model(dims, jnp.dtype(jnp.float32)).shapes)
-        if not any(_has_place(text, prompt, run.config.data.max_prompt_tokens) for prompt in itertools.chain(*run.prompts)):
+        if not any(_has_place(text, prompt, run.config.data.max_prompt_tokens) for prompt in itertools.chain(*run.prompts.values())):
             raise PromptTooLong
 
 
@@ -60,8 +60,7 @@ def prepare_data(run: Run) -> Path:
 
     Data that a stage has begun to train on is kept as it is, whatever was collected since.
     """
-    config, (train, validation) = run.config, run.prompts
-    prompts = {prompt.id: prompt for prompt in [*train, *validation]}
+    config, prompts = run.config, {prompt.id: prompt for prompt in itertools.chain(*run.prompts.values())}
     answered = _answers(run)
     folder = _made_student(run, [text for answer in answered["train"] for text in (prompts[answer.prompt_id].text, answer.text)])
     fingerprint = _fingerprint(config, folder, answered)
@@ -77,7 +76,8 @@ def prepare_data(run: Run) -> Path:
     freeze(run.data, {split: _examples(text, config, prompts, found, fitting) for split, found in cleaned.items()}, fingerprint)
     fitting.tell()
     groups = {split: sum(answer.prompt_id not in fitting.left_out for answer in found) for split, found in cleaned.items()}
-    say(f"prepare: {groups['train']} groups to train on, {groups['validation']} held out")
+    tests = "".join(f", {groups[name]} in {name}" for name in groups if name not in ("train", "validation"))
+    say(f"prepare: {groups['train']} groups to train on, {groups['validation']} held out{tests}")
     return folder
 
 
@@ -101,11 +101,10 @@ class _Fitting:
 
 def _answers(run: Run) -> dict[str, list[Answer]]:
     """The cached answers to the prompts of each split, of the teachers and as many as the data's settings say; some to both."""
-    train, validation = run.prompts
     answered: dict[str, list[Answer]] = {}
     if run.cache.exists():
         with TeacherCache(run.cache, read_only=True) as cache:
-            answered = {"train": _of_teachers(train, run.config, cache), "validation": _of_teachers(validation, run.config, cache)}
+            answered = {split: _of_teachers(prompts, run.config, cache) for split, prompts in run.prompts.items()}
     if not any(answered.values()):
         raise UserError(str(run.cache), "holds no answers to the prompts", "run `gadjax collect` first")
     for split, found in answered.items():

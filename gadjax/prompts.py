@@ -22,11 +22,14 @@ class PromptsConfig(Section):
             the tutor makes. Null: the prompts of `teacher.path`, or of the answers that were imported.
         validation: the same; null holds a share of the training prompts out.
         validation_share: that share.
+        tests: further prompts that are held out, by a name of your own: the teacher is asked for them, and every stage is evaluated on
+            each set apart. A source as above, or one of the paper's test sets: `lmsys`, `dolly`, `selfinst`, `vicuna`.
     """
 
     train: str | None = None
     validation: str | None = None
     validation_share: float = Field(default=0.05, gt=0, lt=1)
+    tests: dict[str, str] = Field(default_factory=dict)
 
 
 def read_prompts(path: str, where: str) -> list[Prompt]:
@@ -60,10 +63,15 @@ def distinct(prompts: Iterable[tuple[str, Prompt]]) -> list[Prompt]:
 
 
 def prompt_of(row: Mapping[str, object], place: str) -> Prompt:
-    """The prompt of a row {"prompt": text}, {"content": text or messages} or {"messages": [...]} with an optional "id"."""
+    """The prompt of a row {"prompt": text}, {"content": text or messages} or {"messages": [...]} with an optional "id".
+
+    Also {"instruction": text} with an optional text in "input" or "context" that it is about, which follows it.
+    """
     content = row.get("messages") or row.get("prompt")
     if content is None:
         content = row.get("content")
+    if content is None and isinstance(row.get("instruction"), str):
+        content = "\n\n".join(str(row[name]) for name in ("instruction", "input", "context") if row.get(name))
     if content is None:
         raise UserError(place, "has neither `prompt` nor `messages`", 'write {"prompt": "..."}')
     return make_prompt(content, row.get("id"), place)

@@ -1,5 +1,5 @@
-"""The rows of what users bring: .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders of them, and data sets of the library `datasets`,
-from a folder or from the hub.
+"""The rows of what users bring: .jsonl, .jsonl.gz, .jsonl.zst, .json and .parquet files, folders of them, and data sets of the library
+`datasets`, from a folder or from the hub.
 """
 
 import io
@@ -19,6 +19,7 @@ from gadjax.errors import UserError
 
 JSON = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 KINDS = (*JSON, ".parquet")
+ARRAY = ".json"  # one array of objects; of a folder's only where there is nothing else, for libraries keep notes of their own in such files
 ARROW = ".arrow"  # as `save_to_disk` writes it, in folders only
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,7 +39,7 @@ def read_rows(source: str, where: str) -> Iterator[tuple[str, Row]]:
     Raises:
         UserError: the file is absent, of another kind, or broken; names the line.
     """
-    if source.endswith(KINDS):
+    if source.endswith((*KINDS, ARRAY)):
         if Path(source).is_dir():
             return _folder_rows(Path(source), None, where)
         if not Path(source).is_file():
@@ -55,7 +56,7 @@ def read_rows(source: str, where: str) -> Iterator[tuple[str, Row]]:
 def _fetched(name: str, where: str) -> Path:
     """A data set of the hub, its files of known kinds only: no code of it is fetched, let alone run."""
     try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=[f"*{kind}" for kind in KINDS]))
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=[f"*{kind}" for kind in (*KINDS, ARRAY)]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         what = f"{name} is neither a file nor a folder nor a data set that the hub gives ({type(error).__name__})"
         raise UserError(where, what, "correct the name") from error
@@ -63,11 +64,8 @@ def _fetched(name: str, where: str) -> Path:
 
 def _folder_rows(folder: Path, split: str | None, where: str) -> Iterator[tuple[str, Row]]:
     # `datasets` keeps results of its own in cache-*.arrow; hidden folders are the hub's.
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.name.endswith((*KINDS, ARROW)) and not path.name.startswith("cache-") and not _hidden(path.relative_to(folder))
-    )
+    found = [path for path in sorted(folder.rglob("*")) if not path.name.startswith("cache-") and not _hidden(path.relative_to(folder))]
+    files = [path for path in found if path.name.endswith((*KINDS, ARROW))] or [path for path in found if path.name.endswith(ARRAY)]
     if split is None:
         chosen = [path for path in files if _is_of(path.relative_to(folder), USUAL)] or files
     else:
@@ -90,6 +88,8 @@ def _is_of(path: Path, split: str) -> bool:
 def _file_rows(path: str) -> Iterator[tuple[str, Row]]:
     if path.endswith(JSON):
         return _json_rows(path)
+    if path.endswith(ARRAY):
+        return _array_rows(path)
     return _table_rows(path, _parquet_batches if path.endswith(".parquet") else _arrow_batches)
 
 
@@ -104,6 +104,16 @@ def _json_rows(path: str) -> Iterator[tuple[str, Row]]:
         raise UserError(path, f"is not UTF-8 in line {number + 1}", "write it in UTF-8") from error
     except OSError as error:
         raise UserError(path, f"cannot be read after line {number} ({error})", "check that the file is whole") from error
+
+
+def _array_rows(path: str) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(path, f"is not JSON ({error})", "write an array of objects, or one object a line in a .jsonl file") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(path, "is not an array of objects", "write one, or one object a line in a .jsonl file")
+    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _open(path: str) -> TextIO:

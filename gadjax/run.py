@@ -10,9 +10,9 @@ from typing import TypeVar
 from gadjax.collecting import check_teacher, collect_answers
 from gadjax.config import dump_config
 from gadjax.errors import UserError
-from gadjax.evaluate import evaluate_stages, evaluated_stages
-from gadjax.evaluation.summary import summarise
-from gadjax.evaluation.table import print_table
+from gadjax.evaluate import HELD_OUT, evaluate_stages, evaluated_stages
+from gadjax.evaluation.summary import merged, summarise
+from gadjax.evaluation.table import print_tables
 from gadjax.export import export_discriminator, export_stage
 from gadjax.files import replace_file, to_json
 from gadjax.judging import judge_run, verdicts_so_far
@@ -128,19 +128,18 @@ def _evaluate(session: Session, clock: Clock | None) -> None:
     measured = evaluate_stages(session)
     if clock is None:
         return
-    judged = verdicts_so_far(session.run)
-    measured = {stage: metrics | judged.get(stage, {}) for stage, metrics in measured.items()}
     file = session.run.folder / "summary.json"
-    summary = summarise(measured, clock.seconds)
+    tests = {name: found for name, found in measured.items() if name != HELD_OUT}
+    summary = merged(summarise(measured[HELD_OUT], clock.seconds, tests), verdicts_so_far(session.run))
     before = json.loads(file.read_text()) if file.exists() else {}
     if summary != before | {"seconds": summary["seconds"]}:
         replace_file(file, to_json(summary, indent=2))
-    print_table(summary, console)
+    print_tables(summary, console)
 
 
 def _judge(opened: Run) -> None:
     assert opened.config.evaluation.judge is not None
-    print_table(judge_run(opened, opened.config.evaluation.judge), console)
+    print_tables(judge_run(opened, opened.config.evaluation.judge), console)
     _report(opened)
 
 

@@ -7,6 +7,7 @@ With `run.bucket` the checkpoints lie in the bucket instead, and it holds a copy
 """
 
 import fcntl
+import itertools
 import os
 import re
 import threading
@@ -26,7 +27,7 @@ from gadjax.errors import UserError
 from gadjax.files import replace_file
 from gadjax.mirror import CHECKPOINTS, CLOCK, Mirror
 from gadjax.records import Prompt
-from gadjax.teachers.sources import load_prompts
+from gadjax.teachers.sources import load_prompts, load_tests, without
 from gadjax.terminal import say
 
 # What may change between two calls of the same run: where it lies, how the teacher is reached, how the work is laid out on
@@ -188,9 +189,14 @@ class Run:
             yield
 
     @cached_property
-    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        """The training prompts and those held out."""
-        return load_prompts(self.config.prompts, self.config.teacher, self.config.run.seed, self.cache)
+    def prompts(self) -> dict[str, list[Prompt]]:
+        """The prompts by their split: `train`, `validation`, and the test sets. No training prompt is in another split."""
+        train, validation = load_prompts(self.config.prompts, self.config.teacher, self.config.run.seed, self.cache)
+        tests = load_tests(self.config.prompts)
+        kept = without(train, itertools.chain(*tests.values()))
+        if len(kept) < len(train):
+            say(f"prompts: {len(train) - len(kept)} training prompts are left out: they are in a test set, too")
+        return {"train": kept, "validation": validation, **tests}
 
     @property
     def cache(self) -> Path:

@@ -205,9 +205,9 @@ def test_without_prompts_those_that_were_imported_are_the_run_s(told: Callable[.
     assert gadjax("collect", "mine.yaml", "--status") == 2
     told("import", as_saved_splits(PUBLISHED), "--into", "mine.yaml")
     assert told("collect", "mine.yaml") == {"ok": 30, "refused": 0, "failed": 0, "pending": 0, "cost": 0.0}
-    train, held_out = Run.open(Path("mine.yaml"), ["prompts.validation_share=0.2"]).prompts
+    train, held_out = Run.open(Path("mine.yaml"), ["prompts.validation_share=0.2"]).prompts.values()
     assert (len(train), len(held_out)) == (24, 6)
-    train, held_out = Run.open(Path("mine.yaml"), ["prompts.validation=splits:test"]).prompts
+    train, held_out = Run.open(Path("mine.yaml"), ["prompts.validation=splits:test"]).prompts.values()
     assert (len(train), [prompt.text for prompt in held_out]) == (29, ["question 0"])
 
 
@@ -242,7 +242,7 @@ def test_a_data_set_of_the_hub_is_fetched_without_its_code(told: Callable[..., A
     monkeypatch.setattr(rows, "snapshot_download", fetch)
     Path("mine.yaml").write_text(CONFIG % "null")
     assert told("import", "some/LMSYS-Chat-GPT-5-Chat-Response", "--into", "mine.yaml")["new"] == 30
-    kinds = ["*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet"]
+    kinds = ["*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet", "*.json"]
     assert asked == [{"name": "some/LMSYS-Chat-GPT-5-Chat-Response", "repo_type": "dataset", "allow_patterns": kinds}]
 
 

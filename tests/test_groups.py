@@ -18,6 +18,7 @@ from gadjax.metrics import read
 from gadjax.models.fresh import CONTROL
 from gadjax.prepare import prepare_data
 from gadjax.runs import Run
+from gadjax.teachers import grammar
 from gadjax.text import Text
 from tests import tiny
 from tests.desk import Reply, desk, error, good, ok
@@ -40,9 +41,12 @@ TWICE = tiny.with_stages(
 
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole run with two answers to each of 40 and 8 prompts."""
+    """The folder of a whole run with two answers to each of 40 and 8 prompts, and to each of 4 of a test set."""
     experiment = tiny.Tiny.make(tmp_path_factory.getbasetemp(), "twice", TWICE)
-    done = experiment.gadjax("run", "tiny.yaml", "teacher.samples=2")
+    unseen = [{"prompt": text} for text in grammar.prompts(4, seed=99)]
+    unseen[0]["id"] = "7"
+    (experiment.folder / "unseen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unseen))
+    done = experiment.gadjax("run", "tiny.yaml", "teacher.samples=2", "prompts.tests={unseen: unseen.jsonl}")
     assert done.returncode == 0, done.stderr
     return experiment.run
 
@@ -70,6 +74,26 @@ def test_evaluation_counts_prompts_and_compares_with_every_answer(twice: Path):
     last = read(twice / "stages" / "gad" / "metrics.jsonl")[-1]
     assert last["validation/validity"] == pytest.approx(summary["stages"]["gad"]["validity"])
     assert "8 of 8 validation prompts" in (twice / "report" / "index.html").read_text()
+
+
+def test_a_test_set_is_asked_for_frozen_and_measured_apart(twice: Path):
+    data = Snapshot.open(twice / "data")
+    assert {len(name.removeprefix("unseen/")) for name in counts_by_id(data) if name != "unseen/7"} == {16}
+    assert sorted(counts_by_id(data).values()) == [2] * 4
+    summary = json.loads((twice / "summary.json").read_text())
+    unseen = summary["tests"]["unseen"]
+    assert unseen["prompts"] == 4
+    assert unseen["stages"].keys() == summary["stages"].keys()
+    assert unseen["stages"]["gad"].keys() == summary["stages"]["gad"].keys()
+    assert unseen["stages"]["student"] != summary["stages"]["student"]
+    for stage in ("student", "seqkd", "gad"):
+        answers = read_answers(twice / "evaluation" / "unseen" / f"{stage}.jsonl")["greedy"]
+        assert set(answers.ids) == set(counts_by_id(data))
+    assert "<h3>unseen</h3>" in (twice / "report" / "index.html").read_text()
+
+
+def counts_by_id(data: Snapshot) -> Counter[str]:
+    return Counter(example.prompt.id for example in data.splits["unseen"])
 
 
 # --- missing answers --------------------------------------------------------------------------------------------------

@@ -201,6 +201,16 @@ class Court:
         samples = Samples(tuple(PROMPTS), teacher, tuple(texts[prompt.text] for prompt in PROMPTS), *columns)
         write_answers(self.folder / "evaluation" / f"{stage}.jsonl", {"greedy": samples}, False)
 
+    def tests(self, name: str) -> None:
+        """A test set of two prompts."""
+        config = self.folder / "config.yaml"
+        config.write_text(config.read_text().replace("tests: {}", f"tests: {{{name}: somewhere.jsonl}}"))
+        for stage in ("student", "seqkd", "gad"):
+            shorter = (self.folder / "evaluation" / f"{stage}.jsonl").read_text().splitlines()[:2]
+            file = self.folder / "evaluation" / name / f"{stage}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("\n".join(shorter) + "\n")
+
     @property
     def judge(self) -> JudgeConfig:
         assert self.config.evaluation.judge is not None
@@ -250,14 +260,15 @@ def test_the_summary_keeps_its_other_metrics_and_gets_the_verdicts(court: Court)
     assert summary["stages"]["gad"] == {"rouge_l": 0.5, "judge_points": 50, "wins_teacher": 0.5, "wins_seqkd": 1}
     assert (summary["prompts"], summary["seconds"]) == (2, 1)
     assert summary["differences"]["gad"]["wins_teacher"]["mean"] == 0.5
-    assert verdicts_so_far(court.run)["gad"]["judge_points"].value == 50
+    assert verdicts_so_far(court.run)["stages"]["gad"]["judge_points"] == 50
 
 
 def test_another_answer_is_judged_anew(court: Court):
     judge_run(court.run, court.judge)
     asked = len(court.server.bodies)
     court.write("gad", {prompt.text: f"{prompt.text}: by seqkd" for prompt in PROMPTS[:2]})
-    assert verdicts_so_far(court.run)["gad"]["judge_points"].value == pytest.approx((2 * 100 / 3 + 3 * 50) / 5)  # seqkd's texts are known
+    known = verdicts_so_far(court.run)["stages"]["gad"]["judge_points"]  # the verdicts on seqkd's texts
+    assert known == pytest.approx((2 * 100 / 3 + 3 * 50) / 5)
     judge_run(court.run, court.judge)
     assert len(court.server.bodies) == asked + 2  # against the same text of seqkd: both orders are one request
 
@@ -277,6 +288,14 @@ def test_only_the_first_prompts_are_judged(court: Court):
 def test_the_budget_is_the_judge_s(court: Court):
     with pytest.raises(UserError, match=r"^evaluation\.judge\.max_cost: "):
         judge_run(court.run, court.judge.model_copy(update={"max_cost": 0.0}))
+
+
+def test_test_sets_are_judged_apart(court: Court):
+    court.tests("vicuna")
+    found = judge_run(court.run, court.judge)
+    assert found["tests"]["vicuna"]["stages"]["gad"]["judge_points"] == pytest.approx(50)
+    assert found["tests"]["vicuna"]["stages"]["seqkd"]["wins_teacher"] == 0
+    assert found["tests"]["vicuna"]["prompts"] == 2
 
 
 def test_another_run_is_compared_with(court: Court, tmp_path: Path):

@@ -86,14 +86,13 @@ def test_an_error_is_left_where_all_prompts_are_too_long(tmp_path: Path, monkeyp
 
 def test_a_split_without_answers_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = run_of(tmp_path, monkeypatch, SHORT)
-    train, held_out = run.prompts
-    held = {prompt.id for prompt in held_out}
+    held = {prompt.id for prompt in run.prompts["validation"]}
     monkeypatch.setattr(
         prepare, "answers", lambda prompts, teacher, cache: [] if prompts[0].id in held else answers(prompts, teacher, cache)
     )
     with pytest.raises(UserError, match=r"^prompts\.validation: no prompt has an answer of the teacher; add prompts, or see"):
         prepare_data(run)
-    assert train and not run.data.exists() and not (run.folder / "student").exists()
+    assert held and not run.data.exists() and not (run.folder / "student").exists()
 
 
 def test_the_cache_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from gadjax import prompts
 from gadjax.errors import UserError
 from gadjax.prompts import PromptsConfig, checked_messages, read_prompts
 from gadjax.records import Prompt
+from gadjax.rows import read_rows
 from gadjax.teachers.config import TeacherConfig
-from gadjax.teachers.sources import hold_out, load_prompts
+from gadjax.teachers.sources import hold_out, load_prompts, load_tests, without
 
 TUTOR = TeacherConfig(backend="tutor")
 ROWS: list[dict[str, Any]] = [
@@ -154,3 +156,69 @@ def test_a_file_of_answers_gives_its_prompts_once(tmp_path: Path) -> None:
     train, validation = load_prompts(PromptsConfig(), teacher, seed=0)
     assert sorted(prompt.text for prompt in [*train, *validation]) == [f"p{i}" for i in range(10)]
     assert len(validation) == 1
+
+
+# --- test sets -------------------------------------------------------------------------------------------------------
+
+
+def rows(path: Path, *objects: dict[str, str]) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in objects))
+    return str(path)
+
+
+def test_test_sets_have_their_names_before_their_prompts_ids(tmp_path: Path):
+    source = rows(tmp_path / "mine.jsonl", {"prompt": "one", "id": "1"}, {"instruction": "Sum up.", "input": "A text.", "output": "x"})
+    found = load_tests(PromptsConfig(tests={"mine": source, "more": source}))
+    assert found["mine"][0].id == "mine/1"
+    assert found["mine"][1].text == "Sum up.\n\nA text."
+    assert not {prompt.id for prompt in found["mine"]} & {prompt.id for prompt in found["more"]}
+
+
+def test_known_sets_are_read_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sets = ("vicuna", "selfinstruct", "koala")
+    alpaca = [{"dataset": name, "instruction": f"{name} {number}", "output": "x"} for name in sets for number in range(3)]
+    (tmp_path / "alpaca_eval.json").write_text(json.dumps(alpaca))
+    dolly = [{"instruction": f"task {n}", "context": "" if n % 2 else "about this", "response": "x"} for n in range(600)]
+    rows(tmp_path / "databricks-dolly-15k.jsonl", *dolly)
+    asked = list[str]()
+
+    def fetched(name: str, where: str) -> Path:
+        asked.append(name)
+        folder = tmp_path / name.partition("/")[2]
+        folder.mkdir(exist_ok=True)
+        for file in tmp_path.glob(f"{folder.name}*.json*"):
+            shutil.copy(file, folder)
+        return folder
+
+    monkeypatch.setattr("gadjax.rows._fetched", fetched)
+    found = load_tests(PromptsConfig(tests={name: name for name in ("vicuna", "selfinst", "dolly")}))
+    assert [prompt.text for prompt in found["vicuna"]] == ["vicuna 0", "vicuna 1", "vicuna 2"]
+    assert [prompt.text for prompt in found["selfinst"]] == ["selfinstruct 0", "selfinstruct 1", "selfinstruct 2"]
+    assert len(found["dolly"]) == 500
+    assert found["dolly"] == load_tests(PromptsConfig(tests={"dolly": "dolly"}))["dolly"]
+    assert {text.endswith("\n\nabout this") for text in (prompt.text for prompt in found["dolly"])} == {True, False}
+    assert asked[:3] == ["tatsu-lab/alpaca_eval", "tatsu-lab/alpaca_eval", "databricks/databricks-dolly-15k"]
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "a/b", "", "..", "a-b"])
+def test_a_test_set_has_a_plain_name(name: str):
+    with pytest.raises(UserError, match=r"^prompts\.tests: .* is no name for a test set"):
+        load_tests(PromptsConfig(tests={name: "vicuna"}))
+
+
+def test_an_empty_test_set_is_told(tmp_path: Path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"^prompts\.tests\.mine: .* has no prompts"):
+        load_tests(PromptsConfig(tests={"mine": str(tmp_path / "none.jsonl")}))
+
+
+def test_no_training_prompt_is_in_a_test_set():
+    train = [Prompt.of("one"), Prompt.of("two")]
+    assert without(train, [Prompt.of("two", id="vicuna/7")]) == train[:1]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "[", '{"prompt": "x"}\n{"prompt": "y"}'])
+def test_a_json_file_is_an_array_of_objects(tmp_path: Path, text: str):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(UserError, match="mine.json: is not"):
+        list(read_rows(str(tmp_path / "mine.json"), "prompts.train"))

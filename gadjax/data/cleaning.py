@@ -46,7 +46,7 @@ class CleaningConfig(Section):
         return languages
 
 
-BOTH, TRAIN = ("train", "validation"), ("train",)
+TRAIN = ("train",)
 
 
 @dataclass
@@ -77,7 +77,7 @@ def clean(
     """Leaves answers out, reason by reason; a later reason is counted among what the earlier ones left.
 
     Args:
-        answers: of the splits `train` and `validation`.
+        answers: of the splits: `train`, `validation` and the test sets.
         prompts: by their ids.
         config: the reasons.
         flagged: the moderation's verdict on texts.
@@ -85,15 +85,15 @@ def clean(
     Raises:
         UserError: nothing is left of a split; names the reason's field.
     """
-    cleaned = Cleaned({split: list(found) for split, found in answers.items()})
+    cleaned, every = Cleaned({split: list(found) for split, found in answers.items()}), [*answers]
     if config.truncated == "drop":
-        cleaned.drop("truncated", "cut off by the teacher's length limit", BOTH, lambda found: (answer.truncated for answer in found))
+        cleaned.drop("truncated", "cut off by the teacher's length limit", every, lambda found: (answer.truncated for answer in found))
     if config.languages is not None:
         spoken = {*config.languages, UNKNOWN}
-        cleaned.drop("languages", "in other languages", BOTH, lambda found: (not _languages(each, prompts) <= spoken for each in found))
+        cleaned.drop("languages", "in other languages", every, lambda found: (not _languages(each, prompts) <= spoken for each in found))
     _drop_copies(cleaned, prompts, config)
     if flagged is not None:
-        cleaned.drop("moderation", "flagged by the moderation", BOTH, lambda found: _either_flagged(found, prompts, flagged))
+        cleaned.drop("moderation", "flagged by the moderation", every, lambda found: _either_flagged(found, prompts, flagged))
     return cleaned
 
 
@@ -116,7 +116,8 @@ def _drop_copies(cleaned: Cleaned, prompts: Mapping[str, Prompt], config: Cleani
         judged = by_prompt(lambda texts: near_copies(texts, similarity))
         cleaned.drop("near_duplicates", "near copies of earlier prompts", TRAIN, judged)
     if (n := config.overlap) is not None:
-        held_out = [_words(prompts[answer.prompt_id]) for answer in cleaned.answers["validation"]]
+        others = [answer for split, found in cleaned.answers.items() if split not in TRAIN for answer in found]
+        held_out = [_words(prompts[answer.prompt_id]) for answer in others]
         judged = by_prompt(lambda texts: overlapping(texts, held_out, n))
         cleaned.drop("overlap", f"share {n} words in a row with a held-out prompt", TRAIN, judged)
 

@@ -3,7 +3,8 @@
     {"stages": {"student": {"rouge_l": 0.21, ...}, "seqkd": {...}, "gad": {...}},
      "intervals": {"student": {"rouge_l": [0.19, 0.23], ...}, ...},                        95 %, where the metric is a mean over prompts
      "differences": {"gad": {"rouge_l": {"mean": 0.02, "low": 0.01, "high": 0.03}, ...}},   from the baseline, prompt by prompt
-     "baseline": "seqkd", "prompts": 200, "seconds": 812.5}
+     "baseline": "seqkd", "prompts": 200, "seconds": 812.5,
+     "tests": {"vicuna": {"stages": ..., "intervals": ..., "differences": ..., "baseline": ..., "prompts": 80}}}            test sets
 
 `seconds` is the wall time that all commands on the run had taken together when these numbers were found, those included that were
 interrupted. A number that is not finite is null.
@@ -19,19 +20,25 @@ from gadjax.files import finite
 Stages = Mapping[str, Mapping[str, Metric]]
 
 
-def summarise(stages: Stages, seconds: float, baseline: str = "seqkd") -> dict[str, Any]:
+def summarise(stages: Stages, seconds: float, tests: Mapping[str, Stages] | None = None, baseline: str = "seqkd") -> dict[str, Any]:
     """The content of `summary.json`.
 
     Args:
-        stages: the metrics of each stage, in the order in which they are to be shown.
+        stages: the metrics of each stage on the held-out prompts, in the order in which they are to be shown.
         seconds: wall time of all commands on the run until now.
+        tests: the same on each test set.
         baseline: the stage that the others are compared with; without such a stage there are no differences.
 
     Raises:
         ValueError: two stages answered different prompts.
     """
+    summary = _compared(stages, baseline) | {"seconds": seconds}
+    return finite(summary | ({"tests": {name: _compared(found, baseline) for name, found in tests.items()}} if tests else {}))
+
+
+def _compared(stages: Stages, baseline: str) -> dict[str, Any]:
     prompts = {len(metric.by_prompt) for metrics in stages.values() for metric in metrics.values() if metric.by_prompt}
-    summary = {
+    return {
         "stages": {stage: {name: metric.value for name, metric in metrics.items()} for stage, metrics in stages.items()},
         "intervals": {stage: _intervals(metrics) for stage, metrics in stages.items()},
         "differences": {
@@ -39,9 +46,7 @@ def summarise(stages: Stages, seconds: float, baseline: str = "seqkd") -> dict[s
         },
         "baseline": baseline,
         "prompts": max(prompts, default=0),
-        "seconds": seconds,
     }
-    return finite(summary)
 
 
 def _intervals(metrics: Mapping[str, Metric]) -> dict[str, list[float]]:
@@ -55,6 +60,9 @@ def _differences(metrics: Mapping[str, Metric], baseline: Mapping[str, Metric]) 
 
 
 def merged(summary: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary with the metrics of another one of the same run, stage by stage."""
-    parts = ("stages", "intervals", "differences")
-    return {**summary} | {part: {stage: metrics | other[part].get(stage, {}) for stage, metrics in summary[part].items()} for part in parts}
+    """A summary with the metrics of another one of the same run added, stage by stage and test set by test set."""
+    parts, tests = ("stages", "intervals", "differences"), other.get("tests", {})
+    added = {part: {stage: found | other[part].get(stage, {}) for stage, found in summary[part].items()} for part in parts}
+    if "tests" in summary:
+        added["tests"] = {name: merged(found, tests[name]) if name in tests else found for name, found in summary["tests"].items()}
+    return {**summary, **added}

@@ -31,6 +31,14 @@ def print_table(summary: Mapping[str, Any], console: Console) -> None:
     console.print(Text(caption), soft_wrap=True)
 
 
+def print_tables(summary: Mapping[str, Any], console: Console) -> None:
+    """Prints the table of the held-out prompts, then that of each test set under its name."""
+    print_table(summary, console)
+    for name, found in summary.get("tests", {}).items():
+        console.print(Text(f"\n{name}:"))
+        print_table(found, console)
+
+
 def _table(summary: Mapping[str, Any], stages: Sequence[str], plain: bool) -> Table:
     """The columns of some stages, with all rows."""
     every, baseline = summary["stages"], summary["baseline"]

@@ -50,6 +50,7 @@ def write_report(run: Path, stages: Sequence[str], under_way: str | None = None)
         reload=under_way is not None,
         health=[{"stage": stage, "episodes": _episodes(stage, found)} for stage, found in rows.items()],
         table=table_of(summary) if summary else None,
+        tests=[(name, table_of(found)) for name, found in summary.get("tests", {}).items()] if summary else [],
         styles=styles(answers, colours),
         examples=examples(answers, colours),
         prompts=_prompts(answers),
@@ -62,7 +63,7 @@ def write_report(run: Path, stages: Sequence[str], under_way: str | None = None)
 def write_page(path: Path, **sections: Any) -> None:
     """Writes a page of those of the sections of `page.html` that are given."""
     nothing = {"table": None, "styles": None, "settings": None, "reload": False, "data": False, "prompts": 0}
-    lists = {name: [] for name in ("health", "examples", "validation", "training")}
+    lists = {name: [] for name in ("tests", "health", "examples", "validation", "training")}
     replace_file(path, TEMPLATES.get_template("page.html").render(nothing | lists | {"style": Markup(STYLE)} | sections))
 
 

@@ -2,18 +2,21 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from gadjax.errors import UserError
-from gadjax.prompts import PromptsConfig, distinct, make_prompt, read_prompts
+from gadjax.prompts import PromptsConfig, distinct, make_prompt, prompt_of, read_prompts
 from gadjax.records import Prompt
+from gadjax.rows import read_rows
 from gadjax.teachers import grammar
 from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.file import read_pairs
 
+TEST = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")  # the name of a test set: a split and a folder have it
 TUTOR = re.compile(r"tutor:([1-9][0-9]{0,6})")
 
 
@@ -45,6 +48,58 @@ def load_prompts(prompts: PromptsConfig, teacher: TeacherConfig, seed: int, cach
         train = [prompt for prompt in train if str(prompt.messages) not in held]
     _check_disjoint(train, validation)
     return train, validation
+
+
+class TestSet(NamedTuple):
+    """A set of prompts that the literature reports on.
+
+    Attributes:
+        source: on the hub.
+        subset: of its rows, those with this value of the field `dataset`.
+        sample: so many of them, drawn by lot, the same ones every time.
+    """
+
+    source: str
+    subset: str | None = None
+    sample: int | None = None
+
+
+# The test sets of arXiv 2511.10643, section 3. Of Dolly it takes 500 prompts; which is not published with the set, so these are others.
+TEST_SETS = {
+    "lmsys": TestSet("ytz20/LMSYS-Chat-GPT-5-Chat-Response:test"),
+    "dolly": TestSet("databricks/databricks-dolly-15k", sample=500),
+    "selfinst": TestSet("tatsu-lab/alpaca_eval", subset="selfinstruct"),
+    "vicuna": TestSet("tatsu-lab/alpaca_eval", subset="vicuna"),
+}
+
+
+def load_tests(prompts: PromptsConfig) -> dict[str, list[Prompt]]:
+    """The prompts of the test sets by their names, which stand before the prompts' ids: `vicuna/17`.
+
+    Raises:
+        UserError: a name is none, or a source is broken or empty.
+    """
+    found: dict[str, list[Prompt]] = {}
+    for name, source in prompts.tests.items():
+        where = f"prompts.tests.{name}"
+        if not TEST.fullmatch(name) or name in ("train", "validation"):
+            mend = "use letters, digits and `_`, and neither train nor validation"
+            raise UserError("prompts.tests", f"{name!r} is no name for a test set", mend)
+        known = TEST_SETS.get(source, TestSet(source))
+        rows = ((place, row) for place, row in read_rows(known.source, where) if known.subset in (None, row.get("dataset")))
+        read = distinct((place, prompt_of(row, place)) for place, row in rows)
+        if known.sample is not None:
+            read = sorted(read, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())[: known.sample]
+        if not read:
+            raise UserError(where, f"{source} has no prompts", "name another source")
+        found[name] = [Prompt(f"{name}/{prompt.id}", prompt.messages) for prompt in read]
+    return found
+
+
+def without(train: list[Prompt], tests: Iterable[Prompt]) -> list[Prompt]:
+    """The training prompts but for those that are in a test set too."""
+    held = {str(prompt.messages) for prompt in tests}
+    return [prompt for prompt in train if str(prompt.messages) not in held]
 
 
 def hold_out(prompts: list[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
