@@ -29,7 +29,7 @@ class Answerer:
         self._samplers = {mode: Sampler(models, config.data, replace(plan, temperature=temperature)) for mode, temperature in MODES.items()}
         several = replace(plan, samples=config.evaluation.best_of, temperature=BEST_OF_TEMPERATURE)
         self._samplers[BEST_OF] = Sampler(models, config.data, several)
-        self._log_probs = models.jit(make_sequence_log_probs(models.student), out_shardings=replicated(models.mesh))
+        self._log_probs = models.program(lambda student, _: make_sequence_log_probs(student), out_shardings=replicated(models.mesh))
         self._shape = row_shape(config.data, models.mesh, self._batch, 1)
 
     def answer(self, params: Params, examples: Sequence[Example], mode: str, scorer: Scorer | None = None) -> Samples:

@@ -27,10 +27,11 @@ from gadjax.config import Config, load_config
 from gadjax.data.packing import pack
 from gadjax.errors import UserError
 from gadjax.files import to_json
+from gadjax.models.adapters import within
 from gadjax.models.checkpoint import read_config
 from gadjax.models.decoder import DecoderConfig, Network
 from gadjax.models.fresh import fresh_dims
-from gadjax.steps import Models, Programs, responses_of
+from gadjax.steps import Models, Programs, responses_of, shardings_of
 from gadjax.terminal import say
 from gadjax.types import Params, Role, Rollout
 
@@ -65,7 +66,8 @@ class Bench:
     @cached_property
     def programs(self) -> Programs:
         """What the stage compiles."""
-        return Programs.of(self.config, self.name, 1, Models.of(self.config, self.dims), END)
+        models = Models.of(self.config, self.dims)
+        return Programs.of(self.config, self.name, 1, replace(models, base=_drawn(models, models.student, models.base)), END)
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -89,7 +91,7 @@ class Bench:
     def params(self, network: Network) -> Params:
         """Random weights where training would have them."""
         models = self.programs.models
-        return models.jit(network.init, out_shardings=models.params_shardings(network))(jax.random.key(0))
+        return _drawn(models, network, models.abstract_role(network).params)
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Median seconds of a call after the first one."""
@@ -190,6 +192,15 @@ class Bench:
             "needed_gflops_per_second": flops / seconds / 1e9,
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
+
+
+def _drawn(models: Models, network: Network, wanted: Params) -> Params:
+    """Random weights of a network, as many as `wanted` has, in its dtypes and shardings."""
+
+    def draw(key: jax.Array) -> Params:
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), within(network.init(key), wanted), wanted)
+
+    return models.jit(draw, out_shardings=shardings_of(wanted))(jax.random.key(0))
 
 
 def _tokens(responses: list[list[list[int]]]) -> int:

@@ -72,7 +72,11 @@ class Checkpoints:
         """
         student = self.restore_role(step, "student", abstract.student)
         discriminator = None if abstract.discriminator is None else self.restore_role(step, "discriminator", abstract.discriminator)
-        return TrainState(student, discriminator), self._restore(step, HOST, ocp.args.JsonRestore())
+        return TrainState(student, discriminator), self.restore_host(step)
+
+    def restore_host(self, step: int) -> dict[str, Any]:
+        """What the host kept beside the models."""
+        return self._restore(step, HOST, ocp.args.JsonRestore())
 
     def restore_role(self, step: int, name: str, abstract: Role) -> Role:
         """One model with its optimizer: `student` or `discriminator`."""

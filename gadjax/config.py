@@ -17,6 +17,7 @@ from gadjax.algorithms.warmup import WarmupConfig
 from gadjax.data.cleaning import CleaningConfig
 from gadjax.errors import UserError
 from gadjax.evaluation.config import EvaluationConfig
+from gadjax.models.adapters import AdaptersConfig
 from gadjax.models.fresh import FreshConfig
 from gadjax.optimizer import OptimizerConfig
 from gadjax.prompts import PromptsConfig
@@ -124,6 +125,7 @@ class Config(Section):
 
     Attributes:
         teachers: further teachers by name, who are asked the same prompts; `data.teachers` says whose answers are used.
+        adapters: low-rank adapters on a frozen base, which student, discriminator and reference share; null: everything is trained.
     """
 
     run: RunConfig = RunConfig()
@@ -131,6 +133,7 @@ class Config(Section):
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     prompts: PromptsConfig = PromptsConfig()
     student: StudentConfig = StudentConfig()
+    adapters: AdaptersConfig | None = None
     data: DataConfig = DataConfig()
     cleaning: CleaningConfig = CleaningConfig()
     mesh: MeshConfig = MeshConfig()

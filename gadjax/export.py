@@ -57,8 +57,15 @@ def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[s
         return folder
     if is_first():
         shutil.rmtree(folder, ignore_errors=True)  # of another checkpoint
-    params = session.final_role(name, role).params
-    save(folder, session.family, session.dims, params, tokens, files | {ORIGIN: origin, FILE: card.encode()}, dtype=dtype)
+    save(
+        folder,
+        session.family,
+        session.dims,
+        session.merged(name, role),
+        tokens,
+        files | {ORIGIN: origin, FILE: card.encode()},
+        dtype=dtype,
+    )
     return folder
 
 

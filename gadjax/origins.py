@@ -3,7 +3,9 @@
 In a config both are paths with a slash: `from: runs/first/warmup`, `from: ./models/mine`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.checkpointing import Checkpoints
@@ -18,7 +20,7 @@ from gadjax.types import Role
 
 
 def check_origins(config: Config) -> None:
-    """Tells which origin outside of the run is not there.
+    """Tells which origin outside of the run is not there, or has other adapters.
 
     Raises:
         UserError: names the stage's field.
@@ -31,6 +33,29 @@ def check_origins(config: Config) -> None:
             if is_elsewhere(origin) and not _is_model(origin) and not (_stage_of(origin)):
                 what = f"{origin} is neither a Hugging Face folder nor a trained stage of a run"
                 raise UserError(f"stages.{name}.{field}", what, "name a folder with config.json, or RUN/STAGE")
+            if is_elsewhere(origin):
+                _check_adapters(f"stages.{name}.{field}", origin, config)
+
+
+def _check_adapters(field: str, origin: str, config: Config) -> None:
+    """Adapters stand on the base that they were trained on, and nothing else stands beside it."""
+    run = _stage_of(origin)
+    theirs, ours = run.config.adapters if run else None, config.adapters
+    if theirs != ours:
+        told = [f"adapters of rank {each.rank} and scale {each.scale:g}" if each else "no adapters" for each in (theirs, ours)]
+        mend = "give both the same, or export that stage and start from it as student.path"
+        raise UserError(field, f"{origin} has {told[0]}, this config {told[1]}", mend)
+
+
+def check_base(models: Models, host: Mapping[str, Any], where: str) -> None:
+    """Tells that a checkpoint's adapters were trained on other weights than those that are here; `host` is what it says of itself.
+
+    Raises:
+        UserError: they were.
+    """
+    if host.get("base") != models.mark:
+        what = "was trained as adapters of other weights than this run's student has"
+        raise UserError(where, what, "bring the student's weights back as they were, with the same student.compute_dtype")
 
 
 def has_discriminator(origin: str) -> bool:
@@ -56,8 +81,10 @@ def role_from(origin: str, role: str, models: Models, family: Family, dims: Deco
     if run is None:
         raise UserError(origin, "is not there any more", "bring it back")
     with Checkpoints(run.checkpoints(Path(origin).name), read_only=True) as checkpoints:
+        step = checkpoints.latest or 0
+        check_base(models, checkpoints.restore_host(step), origin)
         try:
-            return checkpoints.restore_role(checkpoints.latest or 0, role, models.abstract_role(network))
+            return checkpoints.restore_role(step, role, models.abstract_role(network))
         except (ValueError, KeyError) as error:  # Orbax: the trees or the shapes differ
             raise UserError(origin, f"has no {role} like this run's", mend) from error
 

@@ -17,7 +17,7 @@ from gadjax.data.snapshot import Example, Snapshot, freeze
 from gadjax.errors import UserError
 from gadjax.models.checkpoint import TOKENIZER_FILES, open_weights
 from gadjax.models.decoder import language_model
-from gadjax.models.fresh import write_fresh
+from gadjax.models.fresh import fresh_dims, write_fresh
 from gadjax.moderation import Moderator
 from gadjax.origins import check_origins
 from gadjax.records import Answer, Prompt, TokenGroup
@@ -38,11 +38,17 @@ def check_devices(run: Run) -> None:
 
 
 def check_student(run: Run) -> None:
-    """Tells what is wrong with the student, the stages' origins and the room for prompts. A student of the hub is fetched for that."""
+    """Tells what is wrong with the student, its adapters, the stages' origins and the room for prompts.
+
+    A student of the hub is fetched for that.
+    """
     check_origins(run.config)
+    if (fresh := run.config.student.random) is not None:
+        fresh_dims(fresh, fresh.words).adapted(run.config.adapters)
     if run.config.student.path is not None:
         folder = given_student(run.config.student.path)
         text, family, dims = read_student(folder, run.config.student)
+        dims.adapted(run.config.adapters)
         open_weights(folder, family, language_model(dims, jnp.dtype(jnp.float32)).shapes)
         if not any(_has_place(text, prompt, run.config.data.max_prompt_tokens) for prompt in itertools.chain(*run.prompts.values())):
             raise PromptTooLong

@@ -27,7 +27,7 @@ class Scorer:
     def __init__(self, models: Models, params: Params, data: DataConfig, responses: int, groups: int = 1):
         self._models, self._params, self._responses, self._groups = models, params, responses, groups
         self._shape = row_shape(data, models.mesh, groups, responses, together=True)
-        self._score = models.jit(gad.make_score(models.discriminator), out_shardings=replicated(models.mesh))
+        self._score = models.program(lambda _, judge: gad.make_score(judge), out_shardings=replicated(models.mesh))
 
     def __call__(self, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> list[list[float]]:
         """D(x, y) of the responses to each prompt; a response that ends by itself has its end of turn."""

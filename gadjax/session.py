@@ -14,15 +14,18 @@ from gadjax.config import UNTOUCHED, StudentConfig, is_elsewhere
 from gadjax.data.pipeline import steps
 from gadjax.data.snapshot import Snapshot
 from gadjax.errors import UserError
+from gadjax.models.adapters import folded
 from gadjax.models.checkpoint import read_config
 from gadjax.models.decoder import DecoderConfig, discriminator_params
 from gadjax.models.hugging_face import Family
 from gadjax.optimizer import restart_schedule
-from gadjax.origins import has_discriminator, role_from
+from gadjax.origins import check_base, has_discriminator, role_from
 from gadjax.runs import Run
 from gadjax.steps import Models
 from gadjax.text import Text
 from gadjax.types import Params, Role, TrainState
+
+HEAD_STREAM, ADAPTERS_STREAM = 1, 2  # of the run's key
 
 
 def read_student(folder: Path, config: StudentConfig) -> tuple[Text, Family, DecoderConfig]:
@@ -66,7 +69,8 @@ class Session:
     def open(cls, run: Run, folder: Path) -> "Session":
         """Opens a run whose data is frozen; `folder` is the student's."""
         text, family, dims = read_student(folder, run.config.student)
-        return cls(run, folder, text, Snapshot.open(run.data), family, dims, Models.of(run.config, dims))
+        models = Models.of(run.config, dims).standing(folder, family)
+        return cls(run, folder, text, Snapshot.open(run.data), family, dims, models)
 
     @cached_property
     def key(self) -> jax.Array:
@@ -84,8 +88,9 @@ class Session:
         return self.dims.vocabulary if self.run.config.teacher.backend == "tutor" else None
 
     def untouched(self) -> Params:
-        """The student's parameters as they came."""
-        return self.models.read(self.models.student, self.folder, self.family)
+        """The student's parameters as they came: its weights, or fresh adapters beside them."""
+        models, key = self.models, jax.random.fold_in(self.key, ADAPTERS_STREAM)
+        return models.completed(models.student, models.read(models.student, self.folder, self.family), key)
 
     def total_steps(self, name: str) -> int:
         """The steps of a stage."""
@@ -97,19 +102,25 @@ class Session:
         """`student` or `discriminator` of a finished stage.
 
         Raises:
-            UserError: the stage is not finished.
+            UserError: the stage is not finished, or stands on another base.
         """
         network = self.models.student if role == "student" else self.models.discriminator
         folder = self.run.checkpoints(name)
         if folder.is_dir():
             with Checkpoints(folder, read_only=True) as checkpoints:
-                if checkpoints.latest == self.total_steps(name):
-                    return checkpoints.restore_role(self.total_steps(name), role, self.models.abstract_role(network))
+                if (step := self.total_steps(name)) == checkpoints.latest:
+                    check_base(self.models, checkpoints.restore_host(step), str(folder))
+                    return checkpoints.restore_role(step, role, self.models.abstract_role(network))
         raise UserError(f"stages.{name}", "is not trained yet", "run `gadjax train` with this config first")
 
     def student_params(self, name: str) -> Params:
         """The student's parameters after stage `name`; `student` is the untouched one."""
         return self.untouched() if name == UNTOUCHED else self.final_role(name, "student").params
+
+    def merged(self, name: str, role: str) -> Params:
+        """All parameters of `student` or `discriminator` of a finished stage, adapters in the matrices that they adapt."""
+        network = self.models.student if role == "student" else self.models.discriminator
+        return folded(self.models.whole(network, self.final_role(name, role).params), self.run.config.adapters)
 
     def inherited(self, origin: str, role: str) -> Role:
         """`student` or `discriminator` of where a stage starts from: moments kept, schedule restarted."""
@@ -131,7 +142,7 @@ class Session:
         origin = stage.discriminator.from_ or (stage.from_ if self._has_discriminator(stage.from_) else UNTOUCHED)
         if origin != UNTOUCHED:
             return TrainState(student, self.inherited(origin, "discriminator"))
-        head_key = jax.random.fold_in(self.key, 1)
+        head_key = jax.random.fold_in(self.key, HEAD_STREAM)
         params = discriminator_params(models.discriminator, student.params, head_key)
         return TrainState(student, models.fresh_role(models.discriminator, params))
 

@@ -50,6 +50,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "rank": ("fsdp",),  # of adapters
     # not divided: the scanned layers, the head width, and what is too small to be worth it
     "layers": (),
     "head": (),

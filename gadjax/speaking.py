@@ -300,7 +300,7 @@ def speaker_of(session: Session, stage: str, room: Room, scorer: Scorer | None) 
     live = Live(
         session.models.student,
         session.models.mesh,
-        session.student_params(stage),
+        session.models.whole(session.models.student, session.student_params(stage)),
         session.text.end_of_turn,
         lengths=(data.max_prompt_tokens, data.max_response_tokens),
         places=room.places,

@@ -5,10 +5,11 @@
 Letters: B groups, J = 1 + N responses with the teacher's first, P prompt tokens, R response tokens, L tokens of a row.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gadjax.algorithms.stage import Algorithm, SamplingStageConfig, StageConfig
 from gadjax.config import Config, DataConfig
 from gadjax.data.packing import RowShape
 from gadjax.errors import UserError
+from gadjax.models.adapters import united, within, without
 from gadjax.models.checkpoint import load
 from gadjax.models.decoder import DecoderConfig, Network, discriminator, language_model
 from gadjax.models.hugging_face import Family
@@ -66,6 +68,8 @@ class Models:
         discriminator: the discriminator's.
         optimizer: structure of both optimizers' states, which does not depend on the learning rate's schedule.
         rollout: how rollouts are laid out.
+        base: with adapters, the frozen parameters on which both networks stand: one copy, in the compute dtype, abstract until it is
+            read. Without, nothing. A role's parameters, here and everywhere, are those beside the base.
     """
 
     mesh: Mesh
@@ -73,6 +77,7 @@ class Models:
     discriminator: Network
     optimizer: optax.GradientTransformation
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    base: Params = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, dims: DecoderConfig, devices: Sequence[Any] | None = None) -> "Models":
@@ -81,23 +86,62 @@ class Models:
         mesh = make_mesh(config.mesh, devices)
         attend = automatic(config.data.max_prompt_tokens, config.data.max_response_tokens, mesh.devices.flat[0].platform)
         optimizer = make_optimizer(config.optimizer, optax.constant_schedule(1.0))
-        student, judge = language_model(dims, *how, attend), discriminator(dims, *how, attend)
-        return cls(mesh, student, judge, optimizer, config.rollout)
+        with_adapters = dims.adapted(config.adapters)
+        student, judge = language_model(with_adapters, *how, attend), discriminator(with_adapters, *how, attend)
+        models = cls(mesh, student, judge, optimizer, config.rollout)
+        if config.adapters is None:
+            return models
+        frozen = language_model(dims, *how).shapes
+        return replace(models, base=models.laid_out(student, jax.eval_shape(student.in_compute_dtype, frozen)))
 
     def jit(self, function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
         """`jax.jit` with this mesh in scope, so that the constraints inside (`gadjax.sharding.constrain`) hold."""
         return jit_on(self.mesh, function, **options)
 
-    def params_shardings(self, network: Network) -> Params:
-        """Where each parameter lives."""
+    def standing(self, folder: Path, family: Family) -> "Models":
+        """The same with the base read from a student's folder."""
+        return replace(self, base=load(folder, family, self.base))
+
+    @cached_property
+    def mark(self) -> str | None:
+        """What tells the base from another one, however it is laid out; None where there is none."""
+        if not self.base:
+            return None
+        sums = self.jit(lambda base: jax.tree.map(_sum_of_bits, base), out_shardings=replicated(self.mesh))(self.base)
+        return hashlib.sha256(repr(jax.tree.map(int, jax.device_get(sums))).encode()).hexdigest()
+
+    def program(self, make: Callable[[Network, Network], Callable[..., Any]], donates: bool = False, **options: Any) -> "Program":
+        """`jit` of what `make(student, discriminator)` makes of the networks on their base. `donates`: its first argument."""
+
+        def run(base: Params, *arguments: Any) -> Any:
+            return make(self.student.on(base), self.discriminator.on(base))(*arguments)
+
+        return Program(self.jit(run, donate_argnums=(1,) if donates else (), **options), self.base)
+
+    def whole(self, network: Network, params: Params) -> Params:
+        """All of a network's parameters, the base's and these; nothing is copied."""
+        return network.on(self.base).whole(params)
+
+    def trained(self, network: Network) -> Params:
+        """Shapes of what is trained of a network."""
+        return without(network.shapes, self.base)
+
+    def laid_out(self, network: Network, shapes: Params) -> Params:
+        """Shapes, of some of a network's parameters, with where each lives."""
         return jax.tree.map(
-            lambda leaf, axes: named_sharding(axes, leaf.shape, self.mesh), network.shapes, network.axes, is_leaf=lambda leaf: leaf is None
+            lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named_sharding(axes, leaf.shape, self.mesh)),
+            shapes,
+            within(network.axes, shapes),
         )
+
+    def params_shardings(self, network: Network) -> Params:
+        """Where each parameter that is trained lives."""
+        return shardings_of(self.laid_out(network, self.trained(network)))
 
     def abstract_role(self, network: Network) -> Role:
         """Shapes and shardings of a role: moments lie where their parameters do."""
-        shardings = self.params_shardings(network)
-        state = jax.eval_shape(self.optimizer.init, network.shapes)
+        params = self.laid_out(network, self.trained(network))
+        state = jax.eval_shape(self.optimizer.init, params)
 
         def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -106,13 +150,12 @@ class Models:
             return placed(leaf, replicated(self.mesh))
 
         with jax.transfer_guard("allow"):  # optax makes real counters on the way
-            moments = optax.tree_utils.tree_map_params(self.optimizer, placed, state, shardings, transform_non_params=everywhere)
-        return Role(jax.tree.map(placed, network.shapes, shardings), moments)
+            moments = optax.tree_utils.tree_map_params(self.optimizer, placed, state, shardings_of(params), transform_non_params=everywhere)
+        return Role(params, moments)
 
     def abstract_reference(self) -> Params:
         """Shapes and shardings of a reference student, which only computes: in the compute dtype."""
-        shapes, shardings = jax.eval_shape(self.student.in_compute_dtype, self.student.shapes), self.params_shardings(self.student)
-        return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+        return self.laid_out(self.student, jax.eval_shape(self.student.in_compute_dtype, self.trained(self.student)))
 
     def reference(self, params: Params) -> Params:
         """A student that only computes, as its parameters are now. They are copied, for steps donate what they are given."""
@@ -136,8 +179,16 @@ class Models:
         return jax.tree.map(put, params, self.params_shardings(network))
 
     def read(self, network: Network, folder: Path, family: Family) -> Params:
-        """A network's parameters from a Hugging Face folder onto the devices."""
-        return load(folder, family, self.abstract_role(network).params)
+        """What is trained of a network from a Hugging Face folder onto the devices; adapters are not in it."""
+        return load(folder, family, self.laid_out(network, self.trained(network)))
+
+    def completed(self, network: Network, params: Params, key: jax.Array) -> Params:
+        """What is trained of a network, of which `params` has some or all; the rest, adapters, is drawn."""
+        missing = without(self.laid_out(network, self.trained(network)), params)
+        if not missing:
+            return params
+        drawn = self.jit(lambda key: within(network.init(key), missing), out_shardings=shardings_of(missing))(key)
+        return united(params, drawn)
 
     def place_rows(self, rows: PackedRows) -> PackedRows:
         """Packed rows onto the devices."""
@@ -152,9 +203,30 @@ class Models:
         return make(params)
 
 
+def _sum_of_bits(array: jax.Array) -> jax.Array:
+    """Modulo 2³², so that the order does not matter."""
+    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+
 def shardings_of(abstract: Any) -> Any:
     """The shardings in a tree of ShapeDtypeStructs."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function whose first argument, which the caller does not see, is the base on which the networks stand."""
+
+    jitted: jax.stages.Wrapped
+    base: Params
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.jitted(self.base, *arguments)
+
+    def trace(self, *arguments: Any) -> Any:
+        """As of a jitted function."""
+        return self.jitted.trace(self.base, *arguments)
 
 
 @dataclass(frozen=True)
@@ -163,14 +235,14 @@ class Programs:
 
     Attributes:
         models: the networks.
-        algorithm: the steps as pure functions.
+        build: student and discriminator -> the steps as pure functions.
         stage: the stage's config.
         data: lengths and rows.
         end_of_turn: the id that ends a response.
     """
 
     models: Models
-    algorithm: Algorithm
+    build: Callable[[Network, Network], Algorithm]
     stage: StageConfig
     data: DataConfig
     end_of_turn: int
@@ -183,8 +255,12 @@ class Programs:
         def optimizer_at(rate: float, updates: int = 1) -> optax.GradientTransformation:
             return make_optimizer(config.optimizer, stage.schedule.of(rate, steps, updates))
 
-        algorithm = ALGORITHMS[stage.algorithm].build(stage, optimizer_at, models.student, models.discriminator)
-        return cls(models, algorithm, stage, config.data, end_of_turn)
+        return cls(models, partial(ALGORITHMS[stage.algorithm].build, stage, optimizer_at), stage, config.data, end_of_turn)
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """What the loop knows of the algorithm."""
+        return self.build(self.models.student, self.models.discriminator)
 
     @property
     def samples(self) -> int:
@@ -200,38 +276,43 @@ class Programs:
         return row_shape(self.data, self.models.mesh, groups or self.stage.batch_groups, 1 + self.samples, together=True)
 
     @cached_property
-    def student_step(self) -> jax.stages.Wrapped:
+    def student_step(self) -> Program:
         """(student, rows, guidance) -> (student, metrics); the student is donated."""
-        role = shardings_of(self.models.abstract_role(self.models.student))
-        return self.models.jit(self.algorithm.student, donate_argnums=0, out_shardings=(role, replicated(self.models.mesh)))
+        out = (shardings_of(self.models.abstract_role(self.models.student)), replicated(self.models.mesh))
+        return self.models.program(lambda *networks: self.build(*networks).student, donates=True, out_shardings=out)
 
     @cached_property
-    def discriminator_step(self) -> jax.stages.Wrapped:
+    def discriminator_step(self) -> Program:
         """(discriminator, rows[, rate]) -> (discriminator, scores_BJ, metrics); the discriminator is donated."""
-        assert self.algorithm.discriminator is not None
-        return self._of_discriminator(self.algorithm.discriminator)
+
+        def step(*networks: Network) -> Callable[..., Any]:
+            made = self.build(*networks).discriminator
+            assert made is not None
+            return made
+
+        return self._of_discriminator(step)
 
     @cached_property
-    def scores_step(self) -> jax.stages.Wrapped:
+    def scores_step(self) -> Program:
         """The same without an update."""
         assert isinstance(self.stage, SamplingStageConfig)
-        smoothing, models = self.stage.discriminator.label_smoothing, self.models
-        return self._of_discriminator(gad.make_discriminator_step(models.discriminator, models.optimizer, train=False, smoothing=smoothing))
+        smoothing, optimizer = self.stage.discriminator.label_smoothing, self.models.optimizer
+        return self._of_discriminator(lambda _, judge: gad.make_discriminator_step(judge, optimizer, train=False, smoothing=smoothing))
 
-    def _of_discriminator(self, step: Callable[..., Any]) -> jax.stages.Wrapped:
+    def _of_discriminator(self, make: Callable[[Network, Network], Callable[..., Any]]) -> Program:
         everywhere = replicated(self.models.mesh)
         role = shardings_of(self.models.abstract_role(self.models.discriminator))
-        return self.models.jit(step, donate_argnums=0, out_shardings=(role, everywhere, everywhere))
+        return self.models.program(make, donates=True, out_shardings=(role, everywhere, everywhere))
 
     @cached_property
-    def score(self) -> Callable[[Params, PackedRows], jax.Array]:
+    def score(self) -> Program:
         """(discriminator's parameters, rows) -> scores_BJ."""
-        return self.models.jit(gad.make_score(self.models.discriminator), out_shardings=replicated(self.models.mesh))
+        return self.models.program(lambda _, judge: gad.make_score(judge), out_shardings=replicated(self.models.mesh))
 
     @cached_property
-    def teacher_loss(self) -> Callable[[Params, PackedRows], jax.Array]:
+    def teacher_loss(self) -> Program:
         """(student's parameters, rows) -> cross entropy in nats a token."""
-        return self.models.jit(seqkd.make_loss(self.models.student), out_shardings=replicated(self.models.mesh))
+        return self.models.program(lambda student, _: seqkd.make_loss(student), out_shardings=replicated(self.models.mesh))
 
     @property
     def sampling_plan(self) -> SamplingPlan:
@@ -257,6 +338,7 @@ class Sampler:
     """Responses to prompts under one sampling plan, from whatever parameters they are asked of; for batches of any number of groups."""
 
     def __init__(self, models: Models, data: DataConfig, plan: SamplingPlan):
+        self._models = models
         self._backend: RolloutBackend = Engine(models.student, models.mesh, plan, data.max_prompt_tokens, models.rollout)
 
     def __call__(
@@ -267,7 +349,7 @@ class Sampler:
         Returns:
             a Rollout of NumPy arrays.
         """
-        self._backend.update(params, step)
+        self._backend.update(self._models.whole(self._models.student, params), step)
         return self._backend.generate(prompts, key, step, limits_BN)
 
 

@@ -22,6 +22,7 @@ from gadjax.data.pipeline import batches
 from gadjax.errors import UserError
 from gadjax.health import Watch
 from gadjax.metrics import FILE, MetricsLog, read
+from gadjax.origins import check_base
 from gadjax.records import TokenGroup
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first, put, replicated
@@ -196,6 +197,7 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
             abstract = session.models.abstract_state(stage.state.discriminator is not None)
             stage.state, host = checkpoints.restore(done, abstract)
             session.snapshot.check_origin(host["snapshot"], session.run.checkpoints(name))
+            check_base(session.models, host, str(session.run.checkpoints(name)))
             data.set_state(host["data"])
             stage.balancer.state = host["balance"]
             stage.key = session.models.place_key(np.array(host["key"]))
@@ -244,6 +246,7 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             if saves:
                 key = np.asarray(jax.random.key_data(stage.key)).tolist()
                 host = {"data": data.get_state(), "key": key, "snapshot": stage.session.snapshot.digest, "balance": stage.balancer.state}
+                host["base"] = stage.session.models.mark
                 stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
                 checkpoints.save(step, stage.state, host)
 

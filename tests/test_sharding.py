@@ -58,7 +58,7 @@ def cycle(mesh: MeshConfig, devices: int) -> dict[str, np.ndarray]:
         student=gad.make_student_step(student, models.optimizer, temperature=0.8, kl_weight=0.1),
         discriminator=gad.make_discriminator_step(judge, models.optimizer),
     )
-    programs = Programs(models, algorithm, STAGE, DATA, end_of_turn=12)
+    programs = Programs(models, lambda *_: algorithm, STAGE, DATA, end_of_turn=12)
     params = student.init(jax.random.key(0))
     reference = models.place_params(student, params)
     student_role = models.fresh_role(student, reference)

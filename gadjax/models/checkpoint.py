@@ -140,7 +140,7 @@ def load(folder: Path, family: Family, shapes: Params) -> Params:
             default device.
 
     Returns:
-        float32 parameters.
+        The parameters, in the dtypes of `shapes`.
 
     Raises:
         UserError: as `open_weights`.

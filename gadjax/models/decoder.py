@@ -10,13 +10,15 @@ V vocabulary. `...` is whatever shape the tokens come in: [M, L] in packed rows,
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gadjax.errors import UserError
+from gadjax.models.adapters import ADAPTED, AdaptersConfig, beside, united, within
 from gadjax.models.attention import Attend, Memory
 from gadjax.models.row_attention import AttendRows, dense
 from gadjax.sharding import constrain
@@ -68,6 +70,7 @@ class DecoderConfig:
         qk_norm: queries and keys are normed, head by head, before they are rotated (Qwen3).
         init_std: standard deviation of fresh weights.
         context: the most tokens that the model is said to serve; nothing here depends on it, an export tells it on.
+        adapters: of every block's matrices, if they have any.
     """
 
     vocabulary: int
@@ -85,6 +88,17 @@ class DecoderConfig:
     qk_norm: bool = False
     init_std: float = 0.02
     context: int = 32_768
+    adapters: AdaptersConfig | None = None
+
+    def adapted(self, adapters: AdaptersConfig | None) -> "DecoderConfig":
+        """The same with these adapters.
+
+        Raises:
+            UserError: they are not narrower than the model.
+        """
+        if adapters and adapters.rank >= self.width:
+            raise UserError("adapters.rank", f"{adapters.rank} is not less than the student's width, {self.width}", "make it smaller")
+        return replace(self, adapters=adapters)
 
 
 def _weight(rngs: nnx.Rngs, std: float, **dims: int) -> nnx.Param[jax.Array]:
@@ -166,22 +180,36 @@ class Block(nnx.Module):
         self.gate = _weight(rngs, std, layers=n, embed=c.width, mlp=c.feed_forward)
         self.up = _weight(rngs, std, layers=n, embed=c.width, mlp=c.feed_forward)
         self.down = _weight(rngs, std, layers=n, mlp=c.feed_forward, embed=c.width)
+        if config.adapters:
+            for name, inputs in ADAPTED.items():
+                a, b = beside(getattr(self, name), inputs, config.adapters.rank, rngs)
+                setattr(self, f"{name}_a", a)
+                setattr(self, f"{name}_b", b)
+
+    def _product(self, x: jax.Array, name: str) -> jax.Array:
+        """`x` through the matrix of this name and its adapters."""
+        inputs, adapters = ADAPTED[name], self.config.adapters
+        out = linear(x, getattr(self, name)[...], inputs)
+        if adapters is None:
+            return out
+        narrow = linear(x, getattr(self, f"{name}_a")[...], inputs)
+        return out + adapters.scale * linear(narrow, getattr(self, f"{name}_b")[...])
 
     def _attention(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, memory: Memory) -> tuple[jax.Array, Memory]:
         c, biased = self.config, self.config.qkv_bias
-        query = _biased(linear(x, self.query[...]), self.query_bias if biased else None)
-        key = _biased(linear(x, self.key[...]), self.key_bias if biased else None)
-        value = _biased(linear(x, self.value[...]), self.value_bias if biased else None)
+        query = _biased(self._product(x, "query"), self.query_bias if biased else None)
+        key = _biased(self._product(x, "key"), self.key_bias if biased else None)
+        value = _biased(self._product(x, "value"), self.value_bias if biased else None)
         if c.qk_norm:
             query = rms_norm(query, self.query_norm[...], c.norm_epsilon)
             key = rms_norm(key, self.key_norm[...], c.norm_epsilon)
         query, key = rotate(query, angles), rotate(key, angles)
         grouped = query.reshape(*query.shape[:-2], c.kv_heads, c.heads // c.kv_heads, c.head_width)
         out, memory = attend(grouped, key, value, memory)
-        return linear(out.reshape(query.shape), self.output[...], inputs=2), memory
+        return self._product(out.reshape(query.shape), "output"), memory
 
     def _mlp(self, x: jax.Array) -> jax.Array:
-        return linear(jax.nn.silu(linear(x, self.gate[...])) * linear(x, self.up[...]), self.down[...])
+        return self._product(jax.nn.silu(self._product(x, "gate")) * self._product(x, "up"), "down")
 
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, memory: Memory) -> tuple[jax.Array, Memory]:
         attended, memory = self._attention(rms_norm(x, self.attention_norm[...], self.config.norm_epsilon), angles, attend, memory)
@@ -301,6 +329,7 @@ class Network:
         axes: the same nested dicts with each parameter's logical axes.
         create: makes the model from random streams.
         attend: how it attends in packed rows.
+        base: frozen parameters on which it stands: what it is bound to need not have them.
     """
 
     structure: Any
@@ -308,6 +337,7 @@ class Network:
     axes: Params
     create: Callable[[nnx.Rngs], nnx.Module]
     attend: AttendRows
+    base: Params = field(default_factory=dict)
 
     @classmethod
     def of(cls, create: Callable[[nnx.Rngs], nnx.Module], attend: AttendRows) -> "Network":
@@ -323,11 +353,19 @@ class Network:
     def in_compute_dtype(self, params: Params) -> Params:
         """The parameters as the decoder reads them: cast, but for norms and a discriminator's head, which are computed in float32."""
         dtype = self.bind(self.shapes).trunk.dtype
-        return jax.tree.map(lambda leaf, axes: leaf if "norm" in axes else leaf.astype(dtype), params, self.axes)
+        return jax.tree.map(lambda leaf, axes: leaf if "norm" in axes else leaf.astype(dtype), params, within(self.axes, params))
+
+    def on(self, base: Params) -> "Network":
+        """This network on frozen parameters, of which it takes those that it has."""
+        return replace(self, base=within(base, self.shapes))
+
+    def whole(self, params: Params) -> Params:
+        """All of its parameters: the base's and these."""
+        return united(self.base, params)
 
     def bind(self, params: Params) -> Any:
-        """The model with these parameters, to be called inside a jitted function."""
-        return nnx.merge(self.structure, params)
+        """The model with these parameters and the base's, to be called inside a jitted function."""
+        return nnx.merge(self.structure, self.whole(params))
 
 
 def language_model(config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool = False, attend: AttendRows = dense) -> Network:

@@ -36,13 +36,14 @@ def budget_of(traced: Traced) -> Budget:
     tokens = shape.rows * shape.length / traced.rows_parts
     return Budget(
         residents={
+            "base": bytes_on_chip(models.base) / GIB,
             "student": bytes_on_chip(student) / GIB,
             "discriminator": bytes_on_chip(judge) / GIB,
             "reference": bytes_on_chip(traced.reference) / GIB,
         },
         rollout={
             "caches": bytes_on_chip(caches) / GIB,
-            "copy": bytes_on_chip(models.abstract_reference()) / GIB,
+            "copy": bytes_on_chip(models.whole(models.student, models.abstract_reference())) / GIB,
         },
         step={
             "gradients": 2 * bytes_on_chip(student.params) / GIB,

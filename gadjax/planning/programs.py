@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gadjax.algorithms.forward import columns
 from gadjax.algorithms.stage import Guidance
 from gadjax.data.packing import RowShape
+from gadjax.models.adapters import without
 from gadjax.models.cache_attention import RESPONSE_BLOCK, RESPONSE_BLOCKS
 from gadjax.models.decoder import DecoderConfig, Trunk
 from gadjax.planning.flops import Trips
@@ -136,7 +137,7 @@ class Traced:
         programs, each = self.programs, 1 + self.programs.samples
         models, shape = programs.models, programs.discriminator_rows()
         traced = programs.discriminator_step.trace(models.abstract_role(models.discriminator), rows_of(programs, shape, each))
-        beside = (models.abstract_role(models.student), self.reference)
+        beside = (models.abstract_role(models.student), self.reference, without(models.base, models.discriminator.shapes))
         return Step("discriminator", traced, self.trips(self.work.rows_used(shape, each), shape, 0), 1.0, beside)
 
     def rollout(self) -> list[Step]:
@@ -145,7 +146,7 @@ class Traced:
         engine, student = self.engine, models.abstract_role(models.student)
         judge = models.abstract_role(models.discriminator)
         held = engine.resident(self.work.groups)
-        everything = (student, judge, self.reference, held)
+        everything = (models.base, student, judge, self.reference, held)
         _, slots, together = engine.sizes(self.work.groups)
         prefills, steps = self.work.prefills(together), self.work.decode_steps(slots)
         blocks = min(RESPONSE_BLOCKS, -(-self.programs.data.max_response_tokens // RESPONSE_BLOCK))
@@ -157,7 +158,7 @@ class Traced:
                 prefills if name == "prefill" else 1.0,
                 _without(everything, arguments),
             )
-            for name, traced, arguments in engine.traced(student.params, held)
+            for name, traced, arguments in engine.traced(models.whole(models.student, student.params), held)
         ]
 
     def all(self) -> list[Step]:
