@@ -38,6 +38,8 @@ COMMANDS = {  # command -> "module:function"
     "serve": "gadjax.serve:serve",
     "bench": "gadjax.bench:bench",
     "plan": "gadjax.plan:plan",
+    "study": "gadjax.study:study",
+    "toy": "gadjax.toy:toy",
 }
 
 # The TPU's compiler without a TPU: nobody is asked what machine this is, and several processes may compile.
@@ -294,6 +296,35 @@ def plan(
     if topology != "local":
         os.environ.update(COMPILE_ONLY)
     _call("plan", config, overrides or [], topology, (prompts, prompt_tokens, response_tokens), suggest, as_json)
+
+
+@app.command()
+def study(
+    config: Config,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many: 0, 1, ...")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run a config with several seeds and compare its stages over them; goes on where it stopped.
+
+    Example: gadjax study configs/studies/frozen-discriminator.yaml --seeds 3
+    """
+    _call("study", config, overrides or [], seeds, as_json)
+
+
+@app.command()
+def toy(
+    out: Annotated[Path, typer.Option(help="The folder for toy.svg, toy.csv and toy.json.", file_okay=False)] = Path("toy"),
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many starts.")] = 8,
+    width: Annotated[float, typer.Option(min=0.3, max=3, help="Of each of the teacher's modes, which are 6 apart.")] = 0.7,
+    start_width: Annotated[float, typer.Option(min=0.3, max=10, help="Of the untrained student.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Repeat the paper's toy experiment: a student with one mode, a teacher with three.
+
+    Example: gadjax toy --seeds 32
+    """
+    _call("toy", out, seeds, width, start_width, as_json)
 
 
 def _call(command: str, *arguments: Any) -> None:

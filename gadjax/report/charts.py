@@ -12,6 +12,17 @@ POINTS = 300  # more than a chart can show: longer series are drawn as means of 
 SMOOTHED = 60  # from so many points on, a running mean is drawn over the line, which is faint
 DOTTED = 20  # up to so many points have a dot each
 COLOURS = 8  # of the style sheet: the classes k0 to k7
+PRINTED = (
+    "#5b6470",
+    "#0b6bb5",
+    "#c9540a",
+    "#118a63",
+    "#9a4fb0",
+    "#b3892a",
+    "#c23b62",
+    "#2a8fa3",
+)  # the same, where a file must hold its own
+LINE = 15  # height of a line of a figure's title and legend
 
 
 @dataclass(frozen=True)
@@ -34,15 +45,15 @@ class Chart:
     legend: tuple[tuple[str, int, str], ...]  # label, colour, last value
 
 
-def line_chart(title: str, unit: str, series: Sequence[Series], from_zero: bool = False) -> Chart:
-    """Lines over the step. The y axis spans the finite values, and 0 where `from_zero`."""
+def line_chart(title: str, unit: str, series: Sequence[Series], from_zero: bool = False, x_label: str = "step") -> Chart:
+    """Lines over the step, or what `x_label` names. The y axis spans the finite values, and 0 where `from_zero`."""
     drawn = [_thinned(line) for line in series]
     xs = [x for line in drawn for x in line.x]
     ys = [y for line in drawn for y in line.y if math.isfinite(y)]
     x_axis = _Axis.over(xs or [0], LEFT, WIDTH - RIGHT, padded=False)
     y_axis = _Axis.over((ys or [0]) + [0] * from_zero, HEIGHT - BOTTOM, TOP, padded=True)
     parts = [_grid(x_axis, y_axis), *(_line(line, x_axis, y_axis) for line in drawn)]
-    parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="end">step</text>').format(WIDTH - RIGHT, HEIGHT - 4))
+    parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(WIDTH - RIGHT, HEIGHT - 4, x_label))
     legend = tuple((line.label, line.colour % COLOURS, _last(line.y)) for line in series)
     return Chart(title, unit, _svg(f"{title} ({unit})", parts), legend)
 
@@ -64,6 +75,24 @@ def bar_chart(title: str, unit: str, groups: Sequence[str], series: Mapping[str,
             text = (label, group, number(values[g]))
             parts.append(rect.format(colours[label] % COLOURS, start + s * bar, top, 0.92 * bar, HEIGHT - BOTTOM - top, *text))
     return Chart(title, unit, _svg(f"{title} ({unit})", parts, width), tuple((label, colours[label] % COLOURS, "") for label in series))
+
+
+def figure(chart: Chart, width: int = WIDTH) -> str:
+    """A chart as an SVG file that stands alone: with its title, its legend and its colours, on white."""
+    colours = Markup("").join(Markup(".k{0}{{fill:{1};stroke:{1}}}").format(k, colour) for k, colour in enumerate(PRINTED))
+    style = Markup(
+        "<style>.paper{{fill:#fff}}text{{font:11px sans-serif;fill:#1d2126;stroke:none}}.rule{{stroke:#e4e6ea}}.axis{{stroke:#9aa2ad}}"
+        "{}.line{{fill:none;stroke-width:1.7}}.faint{{stroke-width:1;opacity:0.3}}</style>"
+    ).format(colours)
+    head = LINE * (1 + len(chart.legend))
+    text = Markup('<text x="{}" y="{}">{}</text>')
+    square = Markup('<rect class="k{}" x="{}" y="{}" width="8" height="8"/>')
+    parts = [text.format(LEFT, LINE - 3, f"{chart.title} ({chart.unit})")]
+    for row, (label, colour, _) in enumerate(chart.legend, 2):
+        parts += [square.format(colour, LEFT, LINE * row - 12), text.format(LEFT + 13, LINE * row - 4, label)]
+    frame = Markup('<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}">{2}<rect class="paper" width="{0}" height="{1}"/>')
+    inner = chart.svg.replace("<svg ", Markup('<svg y="{}" width="{}" height="{}" ').format(head, width, HEIGHT), 1)
+    return str(frame.format(width, head + HEIGHT, style) + Markup("").join(parts) + inner + Markup("</svg>\n"))
 
 
 @dataclass(frozen=True)

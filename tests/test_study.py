@@ -1,0 +1,82 @@
+"""Studies: seeds run one after the other, and their summaries made one."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gadjax import study
+from gadjax.errors import UserError
+
+Runner = Callable[..., object]
+VALIDITY = {0: (0.5, 0.6), 1: (0.6, 0.8), 2: (0.4, 0.7)}  # of seqkd and gad; the differences are 0.1, 0.2, 0.3
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"run: {{name: some, folder: {tmp_path / 'runs'}}}\nprompts: {{train: 'tutor:2'}}\nteacher: {{backend: tutor}}\n")
+    return file
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The overrides of each run; in its place stands what it would have written."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        calls.append(command[len(study.RUN) + 1 :])
+        seed = len(calls) - 1
+        folder = tmp_path / "runs" / f"some-seed{seed}"
+        metrics = [{"step": step, "rollout/length_mean": 10.0 * step + seed} for step in (0, 1, 2)]
+        for name in ("seqkd", "gad"):
+            (folder / "stages" / name).mkdir(parents=True)
+            (folder / "stages" / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        values = [{"validity": value, "odd": value if seed else None} for value in VALIDITY[seed]]
+        summary = {"stages": dict(zip(("seqkd", "gad"), values, strict=True)), "baseline": "seqkd", "prompts": 7}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_a_study_runs_every_seed_and_gives_intervals_over_them(tmp_path: Path, config: Path, started: list[list[str]]):
+    study.study(config, ["data.rows=8"], 3, False)
+    assert started == [["data.rows=8", f"run.seed={seed}", f"run.name=some-seed{seed}"] for seed in range(3)]
+    found = json.loads((tmp_path / "runs/some-study/study.json").read_text())
+    gap = found["differences"]["gad"]["validity"]
+    # standard error 0.1 / √3, Student's t with two degrees of freedom 4.3026527
+    assert (gap["mean"], gap["low"], gap["high"]) == pytest.approx((0.2, 0.2 - 0.2484138, 0.2 + 0.2484138), abs=1e-6)
+    assert found["stages"]["gad"]["validity"] == pytest.approx(0.7)
+    assert "odd" not in found["stages"]["gad"], "a metric that one seed lacks"
+    lines = (tmp_path / "runs/some-study/study.csv").read_text().splitlines()
+    assert lines[0] == ",".join(study.COLUMNS)
+    assert lines[2].startswith("gad,validity,") and lines[2].endswith(",3")
+    drawings = {file.name for file in (tmp_path / "runs/some-study").glob("*.svg")}
+    assert drawings == {"means-validity.svg", "curve-length-of-responses.svg"}
+
+
+def test_curves_are_means_over_the_seeds():
+    runs = [[{"step": 0.0, "a": 1.0}, {"step": 1.0, "a": 2.0}], [{"step": 0.0, "a": 3.0, "b": 1.0}]]
+    assert study.mean_rows(runs) == [{"step": 0.0, "a": 2.0}]
+
+
+def test_one_seed_has_no_interval():
+    found = study.over_seeds([{"stages": {"gad": {"validity": 0.5}}, "baseline": "seqkd", "prompts": 7}])
+    assert found["intervals"]["gad"]["validity"] == [None, None]
+
+
+def test_a_run_that_fails_ends_the_study_with_its_status(config: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(subprocess, "run", lambda command, check: SimpleNamespace(returncode=2))
+    with pytest.raises(SystemExit, match="2"):
+        study.study(config, [], 3, False)
+
+
+def test_the_seed_is_the_study_s_own(config: Path, started: list[list[str]]):
+    with pytest.raises(UserError, match="leave it out"):
+        study.study(config, ["run.seed=4"], 3, False)
+    assert not started
