@@ -10,18 +10,20 @@ nothing is read back for it.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 from fsspec.core import url_to_fs
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from gadjax.errors import UserError
 from gadjax.files import flush, replace_file
 from gadjax.types import Role, TrainState
 
-KEEP = 2  # the newest ones; the one before the last serves where the last is damaged
+KEEP = 2  # of the newest ones, at least; the one before the last serves where the last is damaged
 MANIFEST = "sha256.json"
 HOST = "host"
 
@@ -32,13 +34,18 @@ class Checkpoints:
     Args:
         folder: of the stage, or `gs://...`.
         read_only: another process may be writing there.
+        keep: how many of the newest ones are kept; None: all.
+
+    Attributes:
+        best: a step that is kept all the same.
     """
 
-    def __init__(self, folder: epath.PathLike, *, read_only: bool = False):
+    def __init__(self, folder: epath.PathLike, *, read_only: bool = False, keep: int | None = KEEP):
+        self.best = 0
         self._folder = epath.Path(folder) if _is_remote(folder) else epath.Path(folder).absolute()
         self._written = 0  # the step that is being written
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEEP,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self)]),
             create=not read_only,
             cleanup_tmp_directories=not read_only,  # of a process that was killed
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -56,6 +63,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest whole checkpoint's step: the number of steps that it has behind it."""
         return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, in their order."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Begins to write the state after `step` steps; waits for an earlier write first."""
@@ -112,6 +124,16 @@ class Checkpoints:
             raise UserError(str(folder), f"is not whole ({error})", mend) from error
         if changed:
             raise UserError(str(folder), f"{changed[0]} is missing or was changed after it was written", mend)
+
+
+class _Best(policies.PreservationPolicy):
+    """Keeps the best step, whenever it was."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> Sequence[bool]:
+        return [each.step == self._checkpoints.best for each in checkpoints]
 
 
 def checkpoint_digest(folder: epath.Path, step: int) -> str | None:

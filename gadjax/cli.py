@@ -142,12 +142,18 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(config: Config, overrides: Overrides = None) -> None:
-    """Compare the untouched student and the stages on the validation prompts.
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint that is kept, too.")] = False,
+) -> None:
+    """Compare the untouched student and the stages on the validation prompts and the test sets.
 
     Example: gadjax evaluate configs/quickstart.yaml
+
+    Example: gadjax evaluate configs/quickstart.yaml --all
     """
-    _call("evaluate", config, overrides or [])
+    _call("evaluate", config, overrides or [], every)
 
 
 @app.command()

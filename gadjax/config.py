@@ -213,6 +213,11 @@ class Config(Section):
         return self
 
 
+def stage_of(name: str) -> str:
+    """The stage of which `name` names a step, as `gad@50` does; other names are stages themselves."""
+    return name.partition("@")[0]
+
+
 def is_elsewhere(origin: str) -> bool:
     """Whether a stage's `from` names something outside of the run, by a path."""
     return "/" in origin

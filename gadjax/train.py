@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from gadjax.algorithms.balance import Balancer
-from gadjax.algorithms.stage import Guidance
+from gadjax.algorithms.stage import Guidance, StageConfig
 from gadjax.checkpointing import Checkpoints
 from gadjax.data.packing import pack
 from gadjax.data.pipeline import batches
@@ -24,6 +24,7 @@ from gadjax.health import Watch
 from gadjax.metrics import FILE, MetricsLog, read
 from gadjax.origins import check_base
 from gadjax.records import TokenGroup
+from gadjax.selection import Selection
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first, put, replicated
 from gadjax.steps import Programs, responses_of
@@ -93,6 +94,7 @@ class Stage:
         state: both models; changed by every step.
         key: of the rollouts.
         balancer: what is regulated from step to step.
+        selection: the best step so far.
         last: the step that was started last.
     """
 
@@ -103,6 +105,7 @@ class Stage:
     state: TrainState
     key: jax.Array
     balancer: Balancer
+    selection: Selection
     last: Pending | None = None
 
     def step(self, index: int, groups: Sequence[TokenGroup]) -> Pending:
@@ -155,6 +158,17 @@ class Stage:
         lengths = [[len(one) for one in (*own, *others)] for own, others in zip(teacher, sampled, strict=True)]
         return self._everywhere(np.array(lengths, np.int32))
 
+    @property
+    def host(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the host's side, besides the state of the data."""
+        return {
+            "key": np.asarray(jax.random.key_data(self.key)).tolist(),
+            "snapshot": self.session.snapshot.digest,
+            "balance": self.balancer.state,
+            "selection": self.selection.state,
+            "base": self.session.models.mark,
+        }
+
     def _everywhere(self, value: Any) -> jax.Array:
         return put(value, replicated(self.session.models.mesh))
 
@@ -177,7 +191,8 @@ def open_stage(session: Session, name: str) -> Stage:
     programs = Programs.of(session.run.config, name, session.total_steps(name), session.models, session.text.end_of_turn)
     state = session.first_state(name)
     reference = session.models.reference(state.student.params) if programs.algorithm.needs_reference else None
-    return Stage(session, name, programs, reference, state, session.key, Balancer(programs.algorithm.balance))
+    selection = Selection(programs.stage.select, name)
+    return Stage(session, name, programs, reference, state, session.key, Balancer(programs.algorithm.balance), selection)
 
 
 def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: None) -> None:
@@ -186,9 +201,9 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
     `show` is called when there are new numbers to show.
     """
     total, stage_config = session.total_steps(name), session.run.config.stages[name]
-    with Checkpoints(session.run.checkpoints(name)) as checkpoints:
+    with Checkpoints(session.run.checkpoints(name), keep=stage_config.keep) as checkpoints:
         done = agreed(checkpoints.latest or 0)
-        if done == total:
+        if done == total or (done and stage_config.select and checkpoints.restore_host(done)["selection"]["stops"]):
             return
         stage = open_stage(session, name)
         data = iter(batches(session.snapshot.train, stage_config.batch_groups, session.run.config.run.seed))
@@ -200,11 +215,15 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
             check_base(session.models, host, str(session.run.checkpoints(name)))
             data.set_state(host["data"])
             stage.balancer.state = host["balance"]
+            stage.selection.state = host["selection"]
+            checkpoints.best = stage.selection.best
             stage.key = session.models.place_key(np.array(host["key"]))
         with ExitStack() as stack:
             log = MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) if is_first() else None
             write = stack.enter_context(log).write if log else _nowhere
             _loop(stage, data, write, checkpoints, done, total, show)
+    if stage.selection.on:
+        say(f"{name}: {stage.selection.told}")
 
 
 def _nowhere(step: int, metrics: Floats) -> None:
@@ -215,10 +234,7 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
     config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
     doctor = Watch(stage.name, read(stage.session.run.stage(stage.name) / FILE))
     if not done:
-        first = validate(stage.state)
-        write(0, first)
-        if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
-            say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
+        _begin(stage, validate, write)
     with track(stage.name, total, done) as advance:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
@@ -229,26 +245,45 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             for news in doctor.see({"step": step} | metrics):
                 say(news)
             if more:
+                stage.selection.see(step, more)
                 show()
 
         late: Pending | None = None
-        for index in range(done, total):
-            groups, step = next(data), index + 1
+        for step in range(done + 1, total + 1):
+            groups = next(data)
             with jax.transfer_guard("disallow"):
-                pending = stage.step(index, groups)
+                pending = stage.step(step - 1, groups)
             if late is not None:
-                finish(index, late, {})  # of the step before, while the device works on this one
+                finish(step - 1, late, {})  # of the step before, while the device works on this one
             late = pending
-            validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
-            if validates or saves:
-                finish(step, pending, validate(stage.state) if validates else {})
-                late = None
+            validates, saves = _due(config, step, total)
+            if saves or validates:
+                seen, late = validate(stage.state) if validates else {}, None
+                finish(step, pending, seen)
             if saves:
-                key = np.asarray(jax.random.key_data(stage.key)).tolist()
-                host = {"data": data.get_state(), "key": key, "snapshot": stage.session.snapshot.digest, "balance": stage.balancer.state}
-                host["base"] = stage.session.models.mark
-                stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
-                checkpoints.save(step, stage.state, host)
+                _save(stage, step, checkpoints, data.get_state())
+            if stage.selection.stops:
+                break
+
+
+def _save(stage: Stage, step: int, checkpoints: Checkpoints, data: Any) -> None:
+    checkpoints.best = stage.selection.best
+    stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
+    checkpoints.save(step, stage.state, stage.host | {"data": data})
+
+
+def _begin(stage: Stage, validate: Validator, write: Write) -> None:
+    """The validation before the first step."""
+    first = validate(stage.state)
+    write(0, first)
+    if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
+        say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
+
+
+def _due(config: StageConfig, step: int, total: int) -> tuple[bool, bool]:
+    """Whether a step is validated, and whether it has a checkpoint: where the best is selected, every validation has one."""
+    validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
+    return validates, saves or (validates and config.select is not None)
 
 
 def refuse_nan(stage: str, step: int, metrics: Floats) -> Floats:
