@@ -284,7 +284,7 @@ def plan(
         str, typer.Option(help="Chips to plan for, as v5p:2x2x4 or v5e:4x4, or `local` for the devices at hand.")
     ] = "local",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to train on.")] = 200_000,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of a prompt; by default the longest allowed.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt, for hours and prices; memory is that of the longest.")] = 100,
     response_tokens: Annotated[int, typer.Option(min=1, help="Of a response, in the mean.")] = 400,
     suggest: Annotated[bool, typer.Option("--suggest", help="Rank meshes and rows, and compile the best three.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -20,7 +20,7 @@ from gadjax.files import to_json
 from gadjax.planning.budget import Budget, budget_of, knob
 from gadjax.planning.compiled import Measured, measure
 from gadjax.planning.programs import Traced, bytes_on_chip
-from gadjax.planning.schedule import EFFICIENCY, seconds_of, stages_of, teacher_of, told
+from gadjax.planning.schedule import EFFICIENCY, WRITTEN, seconds_of, stages_of, teacher_of, told
 from gadjax.planning.student import dims_of
 from gadjax.planning.suggest import suggest
 from gadjax.planning.topology import GIB, LOCAL, Topology, topology_of
@@ -32,20 +32,21 @@ from gadjax.types import TrainState
 
 @dataclass(frozen=True)
 class Supposed:
-    """What the texts are supposed to be.
+    """What the texts are supposed to be. Memory does not depend on it: there is room for the longest.
 
     Attributes:
         prompts: how many there are.
-        prompt_tokens: of each; None: the longest allowed.
+        prompt_tokens: of each, or the longest allowed if that is less. People's turns in LMSYS-Chat-1M have 70 in the mean (arXiv
+            2309.11998, table 1); a chat template adds some.
         response_tokens: in the mean.
     """
 
     prompts: int = 200_000
-    prompt_tokens: int | None = None
+    prompt_tokens: int = 100
     response_tokens: int = 400
 
 
-def plan(config: Path, overrides: list[str], topology: str, supposed: tuple[int, int | None, int], suggests: bool, as_json: bool) -> None:
+def plan(config: Path, overrides: list[str], topology: str, supposed: tuple[int, int, int], suggests: bool, as_json: bool) -> None:
     """Plans a config's run; see the module. Exits with status 0 whether it fits or not, which the first line and `--json` tell.
 
     Raises:
@@ -69,7 +70,7 @@ def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
     programs = Programs.of(config, name, 1, models, 1)
     longest = config.data.max_prompt_tokens
     mean = min(texts.response_tokens, config.data.max_response_tokens)
-    work = Workload(programs.stage.batch_groups, programs.samples, config.data, min(texts.prompt_tokens or longest, longest), mean)
+    work = Workload(programs.stage.batch_groups, programs.samples, config.data, min(texts.prompt_tokens, longest), mean)
     return Traced(programs, work)
 
 
@@ -78,7 +79,7 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
     traced = traced_of(config, topology, texts)
     budget, limit = budget_of(traced), topology.chip.memory / GIB
     made: dict[str, Any] = {"fits": False, "topology": topology.name, "chips": topology.chips, "memory_gib": limit}
-    made |= {"arithmetic": asdict(budget) | {"needed_gib": budget.needed}, "steps": {}, "run": {}}
+    made |= {"arithmetic": asdict(budget) | {"needed_gib": budget.needed}, "counted": COUNTED, "steps": {}, "run": {}}
     if budget.needed > limit:
         return made | {
             "why": f"needs {budget.needed:.1f} GiB a chip by arithmetic, which has {limit:.1f}",
@@ -113,6 +114,7 @@ def _run(
     models, work = traced.programs.models, traced.work
     stages = stages_of(config, models, topology, work, measured, texts.prompts)
     state = TrainState(models.abstract_role(models.student), models.abstract_role(models.discriminator))
+    checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     room = topology.chip.memory - max(each.needed_gib for each in measured.values()) * GIB
     return {
         "supposed": asdict(replace(texts, prompt_tokens=work.prompt_tokens, response_tokens=work.mean_response)),
@@ -123,9 +125,17 @@ def _run(
         "stages": told(stages),
         "hours": sum(stage.hours for stage in stages.values()),
         "chip_hours": sum(stage.chip_hours for stage in stages.values()),
-        "checkpoint_gib": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / GIB,
+        "checkpoint_gib": checkpoint / GIB,
+        "checkpoint_seconds": checkpoint / topology.hosts / WRITTEN,
         "teacher": asdict(teacher_of(config, work, texts.prompts)),
     }
+
+
+COUNTED = (
+    "FLOPs: 2 x multiply-adds of matrix products over all chips; a scan's body x its length, a loop's x its expected trips; what is "
+    "computed again counts again, of attention the blocks that causality leaves. Roofline: the longest of FLOPs / chips / peak, bytes of "
+    "a chip / its memory's bandwidth, bytes that a chip sends / its links'."
+)
 
 
 def _bytes_per_group(traced: Traced) -> float:
@@ -144,22 +154,28 @@ def _show(made: dict[str, Any]) -> None:
         console.print(f"{part} (GiB a chip, by arithmetic): {sizes}", markup=False)
     if made["steps"]:
         console.print(_table(made["steps"]))
+        console.print(made["counted"], markup=False)
     for name, stage in made["run"].get("stages", {}).items():
         time = f"{stage['hours']:.1f} h, {stage['chip_hours']:.0f} chip-hours"
         console.print(f"{name}: {stage['steps']} steps of {stage['seconds_per_step']:.1f} s, {time}", markup=False)
     if run := made["run"]:
         teacher = run["teacher"]
         price = "price not known" if teacher["dollars"] is None else f"{teacher['dollars']:,.2f} dollars"
-        console.print(f"teacher: {teacher['calls']} calls, {price}; a checkpoint: {run['checkpoint_gib']:.0f} GiB", markup=False)
+        console.print(
+            f"teacher: {teacher['calls']} calls, {price}; a checkpoint: {run['checkpoint_gib']:.0f} GiB, "
+            f"{run['checkpoint_seconds']:.0f} s at {WRITTEN / 1e9:g} GB/s a host",
+            markup=False,
+        )
         console.print(f"largest batch that fits: {run['largest_batch_groups']} groups", markup=False)
         console.print(f"supposed: {run['supposed']}; programs reach {run['efficiency']:.0%} of their roofline", markup=False)
+        console.print("hours are of training's steps alone; validation, checkpoints and evaluation come on top", markup=False)
 
 
 def _table(steps: dict[str, dict[str, Any]]) -> Table:
-    table = Table("program", *COLUMNS, "collectives")
+    table = Table("program", *COLUMNS, "bound by", "collectives, GiB sent")
     for name, step in steps.items():
-        collectives = ", ".join(f"{count:.0f} {kind}" for kind, count in step["collectives"].items())
-        table.add_row(name, *(f"{step[key] * scale:.4g}" for key, scale in COLUMNS.values()), collectives)
+        sent = ", ".join(f"{count:.0f} {kind}, {step['links_gib'][kind]:.4g}" for kind, count in step["collectives"].items())
+        table.add_row(name, *(f"{step[key] * scale:.4g}" for key, scale in COLUMNS.values()), step["bound"], sent)
     return table
 
 

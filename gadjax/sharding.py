@@ -34,6 +34,7 @@ from gadjax.section import Section
 from gadjax.terminal import console
 
 AXES = ("data", "fsdp", "context", "tensor")
+AUTO = (AxisType.Auto,) * len(AXES)
 
 # Products with gathered weights stay whole: as loops over the devices they take twice as long to compile and more memory.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -86,13 +87,22 @@ class MeshConfig(Section):
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config over `devices` (all of them by default). A mesh that they do not fill is a UserError."""
     devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(_sizes(config, len(devices)), AXES, axis_types=AUTO, devices=tuple(devices))
+
+
+def reshaped(mesh: Mesh, config: MeshConfig) -> Mesh:
+    """The devices of a mesh, in their order, along the axes of another config: one program may take arrays that lie on either."""
+    return Mesh(mesh.devices.reshape(_sizes(config, mesh.size)), AXES, axis_types=AUTO)
+
+
+def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
     others = config.data * config.context * config.tensor
-    fsdp = max(1, len(devices) // others) if config.fsdp == -1 else config.fsdp
+    fsdp = max(1, devices // others) if config.fsdp == -1 else config.fsdp
     sizes = (config.data, fsdp, config.context, config.tensor)
-    if math.prod(sizes) != len(devices):
+    if math.prod(sizes) != devices:
         taken = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise UserError("mesh", f"{taken} does not make {len(devices)} devices", "choose sizes whose product is the number of devices")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices))
+        raise UserError("mesh", f"{taken} does not make {devices} devices", "choose sizes whose product is the number of devices")
+    return sizes
 
 
 def multiple_of(name: str, mesh: Mesh | AbstractMesh) -> int:

@@ -198,9 +198,12 @@ class Models:
 
     def fresh_role(self, network: Network, params: Params) -> Role:
         """A role with an optimizer that has seen nothing; the parameters are copied, for steps donate what they are given."""
+        return self.fresh(network)(params)
+
+    def fresh(self, network: Network) -> jax.stages.Wrapped:
+        """The program of `fresh_role`."""
         shardings = shardings_of(self.abstract_role(network))
-        make = self.jit(lambda params: Role(jax.tree.map(jnp.copy, params), self.optimizer.init(params)), out_shardings=shardings)
-        return make(params)
+        return self.jit(lambda params: Role(jax.tree.map(jnp.copy, params), self.optimizer.init(params)), out_shardings=shardings)
 
 
 def _sum_of_bits(array: jax.Array) -> jax.Array:

@@ -143,12 +143,12 @@ def test_prompts_are_prefilled_once_and_in_the_bucket_of_the_longest(monkeypatch
     monkeypatch.setattr(engine, "SHORTEST", 4)
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 2 * P)
     made = copy(compiled(6, 3))
-    prefills = counted(monkeypatch, made, "_prefill")
+    prefills, kept = (counted(monkeypatch, made, name) for name in ("_prefill", "_kept"))
     assert_close(made.generate(PROMPTS, KEY, 0), in_few_slots())
-    groups = np.concatenate([np.asarray(arguments[4]) for arguments in prefills])
-    assert sorted(groups.tolist()) == list(range(B))
-    buckets = [arguments[2].shape for arguments in prefills]
-    longest = [max(len(PROMPTS[group]) for group in np.asarray(arguments[4]).tolist()) for arguments in prefills]
+    together = [np.asarray(groups).tolist() for _, _, _, groups, _ in kept]
+    assert sorted(np.concatenate(together).tolist()) == list(range(B))
+    buckets = [tokens.shape for _, tokens in prefills]
+    longest = [max(len(PROMPTS[group]) for group in groups) for groups in together]
     assert buckets == [(2, 4 if least <= 4 else 8 if least <= 8 else 16) for least in longest] and len(set(buckets)) == 3
 
 

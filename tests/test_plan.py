@@ -105,6 +105,28 @@ def test_bytes_between_devices_count_as_often_as_they_travel():
     assert 6 * 2 * 4000 <= found.memory <= 6 * 8 * 4000
 
 
+def test_a_collective_that_goes_on_beside_other_work_counts_once():
+    text = """
+%started (given: bf16[10]) -> (bf16[10], bf16[80]) {
+  %given = bf16[10]{0} parameter(0)
+  %gathered.1 = bf16[80]{0} all-gather(%given), channel_id=7, dimensions={0}
+  ROOT %begun = (bf16[10]{0}, bf16[80]{0}) custom-call(%given, %gathered.1)
+}
+
+%ended (given.1: bf16[10]) -> bf16[80] {
+  %given.1 = bf16[10]{0} parameter(0)
+  ROOT %gathered.2 = bf16[80]{0} all-gather(%given.1), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (x: bf16[10]) -> bf16[80] {
+  %x = bf16[10]{0} parameter(0)
+  %a = (bf16[10]{0}, bf16[80]{0}) fusion(%x), kind=kCustom, calls=%started
+  ROOT %b = bf16[80]{0} fusion(%x), kind=kCustom, calls=%ended
+}
+"""
+    assert moved(text, lambda _: 1).links == {"all-gather": 160}
+
+
 def test_a_slice_is_read_and_an_update_written_in_place():
     def work(stack: jax.Array, out: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 50, lambda i, out: out.at[i].set(jnp.sin(stack[i])), out)
@@ -119,10 +141,12 @@ def test_the_plan_of_devices_at_hand(config: Path, capsys: pytest.CaptureFixture
     made = json.loads(capsys.readouterr().out)
     assert ended.value.code == 0
     assert (made["fits"], made["topology"], made["chips"]) == (True, "local", len(jax.devices()))
-    assert list(made["steps"]) == ["prefill", "decode", "discriminator", "student"]
-    for step in made["steps"].values():
-        assert step["flops"] > 0 and step["memory_gib"] > 0 and step["roofline_seconds"] > 0
+    assert list(made["steps"]) == ["loading", "weights", "prefill", "decode", "discriminator", "student"]
+    for name, step in made["steps"].items():
+        assert (step["flops"] > 0) == (name not in ("loading", "weights"))
+        assert step["memory_gib"] > 0 and step["roofline_seconds"] > 0 and step["bound"] in ("FLOPs", "memory", "links")
         assert step["needed_gib"] >= step["peak_gib"] > step["arguments_gib"]
+    assert made["steps"]["loading"]["times"] == 0  # it costs no step any time
     stages = made["run"]["stages"]
     assert {name: stage["steps"] for name, stage in stages.items()} == {"seqkd": 3, "warmup": 6, "gad": 6}
     assert made["run"]["teacher"] == {"calls": 0, "dollars": 0.0}  # the tutor's answers cost nothing
@@ -156,10 +180,10 @@ def test_the_knob_is_the_one_that_helps(config: Path):
 
 def test_mistakes_are_told(config: Path):
     with pytest.raises(UserError, match=r"^--topology: v9:2x2 is not known; write CHIP:SHAPE"):
-        plan(config, [], "v9:2x2", (1, None, 1), False, False)
+        plan(config, [], "v9:2x2", (1, 1, 1), False, False)
     config.write_text("stages: {seqkd: {algorithm: seqkd}}")
     with pytest.raises(UserError, match="^stages: none of them samples"):
-        plan(config, [], "local", (1, None, 1), False, False)
+        plan(config, [], "local", (1, 1, 1), False, False)
 
 
 def test_the_decode_loop_waits_for_the_longest(config: Path):
@@ -171,8 +195,9 @@ def test_the_decode_loop_waits_for_the_longest(config: Path):
 
 def test_suggestions_are_ranked_and_compiled(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(suggest, "COMPILED", 2)
-    plan(config, ["student.random.words=20"], "local", (100, None, 8), True, True)
+    plan(config, ["student.random.words=20"], "local", (100, 8, 8), True, True)
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 2
     assert [each["arithmetic_seconds"] for each in found] == sorted(each["arithmetic_seconds"] for each in found)
-    assert all(each["mesh.fsdp"] * each["mesh.tensor"] == len(jax.devices()) and each["needed_gib"] > 0 for each in found)
+    for each in found:
+        assert each["mesh.fsdp"] * each["mesh.context"] * each["mesh.tensor"] == len(jax.devices()) and each["needed_gib"] > 0

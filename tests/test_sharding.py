@@ -14,6 +14,7 @@ from gadjax.config import DataConfig
 from gadjax.data.packing import pack
 from gadjax.errors import UserError
 from gadjax.models.decoder import DecoderConfig, discriminator, discriminator_params, language_model
+from gadjax.rollout.config import RolloutConfig
 from gadjax.sharding import MeshConfig, make_mesh, partition, row_multiple
 from gadjax.steps import Models, Programs, responses_of
 
@@ -50,10 +51,10 @@ def test_one_mesh_axis_divides_an_array_once():
         partition(("heads", "mlp"), (4, 4), make_mesh(MeshConfig(tensor=2)))
 
 
-def cycle(mesh: MeshConfig, devices: int) -> dict[str, np.ndarray]:
+def cycle(mesh: MeshConfig, devices: int, rollout_mesh: MeshConfig | None = None) -> dict[str, np.ndarray]:
     """A rollout, a discriminator step on it, a student step by the scores, and a SeqKD step, under plain gradient descent."""
     student, judge = language_model(DIMS, jnp.dtype(jnp.float32)), discriminator(DIMS, jnp.dtype(jnp.float32))
-    models = Models(make_mesh(mesh, jax.devices()[:devices]), student, judge, optax.sgd(0.1))
+    models = Models(make_mesh(mesh, jax.devices()[:devices]), student, judge, optax.sgd(0.1), RolloutConfig(mesh=rollout_mesh))
     algorithm = Algorithm(
         student=gad.make_student_step(student, models.optimizer, temperature=0.8, kl_weight=0.1),
         discriminator=gad.make_discriminator_step(judge, models.optimizer),
@@ -83,15 +84,15 @@ def one() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    ("mesh", "rollout_mesh"),
     [
-        MeshConfig(data=2, fsdp=2, tensor=2),
-        MeshConfig(fsdp=2, tensor=4),  # which does not divide the two key/value heads: they are on every device
-        MeshConfig(fsdp=2, context=2, tensor=2),  # the tokens of a row on four devices
+        (MeshConfig(data=2, fsdp=2, tensor=2), None),
+        (MeshConfig(fsdp=2, tensor=4), None),  # which does not divide the two key/value heads: they are on every device
+        (MeshConfig(fsdp=2, context=2, tensor=2), MeshConfig(data=2, tensor=4)),  # a row's tokens on four devices; decoding laid out anew
     ],
 )
-def test_eight_devices_compute_what_one_does(one: dict[str, np.ndarray], mesh: MeshConfig):
-    eight = cycle(mesh, 8)
+def test_eight_devices_compute_what_one_does(one: dict[str, np.ndarray], mesh: MeshConfig, rollout_mesh: MeshConfig | None):
+    eight = cycle(mesh, 8, rollout_mesh)
     np.testing.assert_array_equal(one["tokens"], eight["tokens"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, eight)
     assert one["rollout/logp_gap"] < 1e-5, "the sampler's log-probabilities are not the trainer's"

@@ -1,5 +1,10 @@
 """Groups into packed rows: whole groups, first fit decreasing, no padding inside. Host side, NumPy.
 
+On many hosts each packs the whole batch and gives its own devices their rows (`gadjax.steps.Models.place_rows`). So the hosts agree on the
+number of rows, empty ones included, without a word, whatever the lengths; and as a row takes the same time whatever is in it, none
+waits for another. Dealing the groups to the hosts by length would end in the same rows, but for what packing each share apart wastes;
+what every host does, instead of a part of it, is little (`tests/benchmarks/packing.py`).
+
 Letters: B groups, J responses per group, A micro-batches, M rows of a micro-batch, L tokens of a row, P and R the longest
 prompt and response allowed.
 """

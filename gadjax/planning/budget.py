@@ -33,7 +33,7 @@ def budget_of(traced: Traced) -> Budget:
     student, judge = models.abstract_role(models.student), models.abstract_role(models.discriminator)
     caches = traced.engine.resident(traced.work.groups)
     shape, dims = programs.discriminator_rows(), traced.dims
-    tokens = shape.rows * shape.length / traced.rows_parts
+    tokens = shape.rows * shape.length / traced.tokens_parts
     return Budget(
         residents={
             "base": bytes_on_chip(models.base) / GIB,
@@ -43,7 +43,7 @@ def budget_of(traced: Traced) -> Budget:
         },
         rollout={
             "caches": bytes_on_chip(caches) / GIB,
-            "copy": bytes_on_chip(models.whole(models.student, models.abstract_reference())) / GIB,
+            "copy": bytes_on_chip(traced.engine.weights(models.whole(models.student, student.params))) / GIB,
         },
         step={
             "gradients": 2 * bytes_on_chip(student.params) / GIB,

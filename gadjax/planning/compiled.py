@@ -24,6 +24,7 @@ class Measured:
         collectives: how many of each kind.
         links_gib: of each kind, bytes that a chip sends.
         roofline_seconds: the longest of FLOPs, memory and links, each at the chip's limit.
+        bound: which of the three it is.
         compile_seconds: that the compiler took.
         times: how often a step of training runs it.
     """
@@ -37,6 +38,7 @@ class Measured:
     collectives: dict[str, float]
     links_gib: dict[str, float]
     roofline_seconds: float
+    bound: str
     compile_seconds: float
     times: float
 
@@ -59,7 +61,12 @@ def measure(step: Step, topology: Topology) -> Measured:
     seconds = time.perf_counter() - start
     memory, chip = compiled.memory_analysis(), topology.chip
     moves = moved(compiled.as_text(), step.trips)
-    links = sum(moves.links.values())
+    takes = {
+        "FLOPs": flops / topology.chips / chip.flops,
+        "memory": moves.memory / chip.bandwidth,
+        "links": sum(moves.links.values()) / chip.links,
+    }
+    bound = max(takes, key=takes.__getitem__)
     return Measured(
         arguments_gib=memory.argument_size_in_bytes / GIB,
         temporaries_gib=memory.temp_size_in_bytes / GIB,
@@ -69,7 +76,8 @@ def measure(step: Step, topology: Topology) -> Measured:
         memory_gib=moves.memory / GIB,
         collectives=moves.counts,
         links_gib={kind: size / GIB for kind, size in moves.links.items()},
-        roofline_seconds=max(flops / topology.chips / chip.flops, moves.memory / chip.bandwidth, links / chip.links),
+        roofline_seconds=takes[bound],
+        bound=bound,
         compile_seconds=seconds,
         times=step.times,
     )

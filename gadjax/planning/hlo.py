@@ -2,7 +2,8 @@
 
 Both are of one chip and count a loop's body as often as it runs. Every instruction outside of a fusion reads its operands and writes
 its result, a fusion the same as a whole; of an operand that is only sliced the slices count, of a result that is updated in place the
-update. What the compiler keeps in the chip's own vector memory does not count.
+update. What the compiler keeps in the chip's own vector memory does not count. A collective that goes on beside other work is in several
+fusions, where it begins, where it goes on and where it ends, under one number: it counts once.
 """
 
 import math
@@ -125,7 +126,13 @@ def moved(text: str, trips: Trips) -> Moved:
     entry, computations = _computations(text)
     total = Moved()
 
+    def send(each: Instruction, times: float) -> None:
+        kind = each.operation.removesuffix("-start")
+        total.links[kind] = total.links.get(kind, 0.0) + times * _sent(each)
+        total.counts[kind] = total.counts.get(kind, 0.0) + times
+
     def visit(name: str, times: float, depth: int) -> None:
+        beside: dict[str, Instruction] = {}
         sizes = {each.name: array_bytes(each.type) for each in computations[name]}
         for each in computations[name]:
             kind = each.operation.removesuffix("-start")
@@ -137,11 +144,14 @@ def moved(text: str, trips: Trips) -> Moved:
                 for called in re.findall(r"(?:to_apply|branch_computations|true_computation|false_computation)=\{?%([\w.-]+)", each.rest):
                     visit(called, times, depth)
             elif kind in COLLECTIVES:
-                size = _largest(each) * (2 if kind == "all-reduce" else 1)
-                total.links[kind] = total.links.get(kind, 0.0) + times * size
-                total.counts[kind] = total.counts.get(kind, 0.0) + times
+                send(each, times)
             else:
                 total.memory += times * _touched_by(each, computations, sizes)
+                if each.operation == "fusion":
+                    inside = computations.get(_called(each.rest, "calls"), [])
+                    beside |= {_called(one.rest, "channel_id"): one for one in inside if one.operation in COLLECTIVES}
+        for each in beside.values():
+            send(each, times)
 
     visit(entry, 1.0, 0)
     return total
@@ -161,9 +171,11 @@ def _touched_by(each: Instruction, computations: dict[str, list[Instruction]], s
     return read + sizes[each.name]
 
 
-def _largest(each: Instruction) -> float:
-    """Bytes of a collective's result; of a started one, whose type holds operand and result, of the larger."""
-    return max(_parts(each.type)) if each.operation.endswith("-start") else sum(_parts(each.type))
+def _sent(each: Instruction) -> float:
+    """Bytes that a chip sends for a collective: its whole array, of an all-reduce, which is a reduce-scatter and an all-gather, twice."""
+    parts = _parts(each.type)
+    size = max(parts) if each.operation.endswith("-start") else sum(parts)  # the type of a started one holds operand and result
+    return size * (2 if each.operation.startswith("all-reduce") else 1)
 
 
 def _parts(type_text: str) -> list[float]:

@@ -18,7 +18,7 @@ from gadjax.models.decoder import DecoderConfig, Trunk
 from gadjax.planning.flops import Trips
 from gadjax.planning.workload import Workload
 from gadjax.rollout.engine import Engine
-from gadjax.sharding import named_sharding, row_multiple
+from gadjax.sharding import multiple_of, named_sharding
 from gadjax.steps import Programs
 from gadjax.types import Cells, PackedRows, Params
 
@@ -31,7 +31,7 @@ class Step:
         name: as in the plan.
         traced: gives what it computes and can be compiled.
         trips: how often its loops run that depend on data.
-        times: how often it runs in a step of training.
+        times: how often it runs in a step of training; 0 for what runs once before the first one.
         beside: what lies on the devices beside its arguments, a tree of abstract arrays.
     """
 
@@ -92,7 +92,12 @@ class Traced:
     @property
     def rows_parts(self) -> int:
         """Over how many devices rows are divided."""
-        return row_multiple(self.programs.models.mesh)
+        return multiple_of("rows", self.programs.models.mesh)
+
+    @property
+    def tokens_parts(self) -> int:
+        """Over how many devices what a gradient keeps of a row's tokens is divided."""
+        return self.rows_parts * multiple_of("tokens", self.programs.models.mesh)
 
     @property
     def _trunk(self) -> Trunk:
@@ -146,7 +151,9 @@ class Traced:
         engine, student = self.engine, models.abstract_role(models.student)
         judge = models.abstract_role(models.discriminator)
         held = engine.resident(self.work.groups)
-        everything = (models.base, student, judge, self.reference, held)
+        programs = engine.traced(models.whole(models.student, student.params), held)
+        weights = next(arguments[0] for name, _, arguments in programs if name == "decode")
+        everything = (models.base, student, judge, self.reference, held, weights)
         _, slots, together = engine.sizes(self.work.groups)
         prefills, steps = self.work.prefills(together), self.work.decode_steps(slots)
         blocks = min(RESPONSE_BLOCKS, -(-self.programs.data.max_response_tokens // RESPONSE_BLOCK))
@@ -156,14 +163,20 @@ class Traced:
                 traced,
                 lambda depth: steps if depth == 0 else blocks,
                 prefills if name == "prefill" else 1.0,
-                _without(everything, arguments),
+                _without(everything, (arguments, weights) if name == "weights" else arguments),
             )
-            for name, traced, arguments in engine.traced(models.whole(models.student, student.params), held)
+            for name, traced, arguments in programs
         ]
 
+    def loading(self) -> Step:
+        """The last part of loading: the student is there with its optimizer, the discriminator gets its own beside the copied weights."""
+        models = self.programs.models
+        params, beside = models.abstract_role(models.discriminator).params, (models.base, models.abstract_role(models.student))
+        return Step("loading", models.fresh(models.discriminator).trace(params), lambda _: 1.0, 0.0, beside)
+
     def all(self) -> list[Step]:
-        """Everything that a step of the stage runs, in its order."""
-        return [*self.rollout(), self.discriminator(), self.student()]
+        """Everything that runs, in its order."""
+        return [self.loading(), *self.rollout(), self.discriminator(), self.student()]
 
 
 def _without(tree: Any, arguments: Any) -> Any:

@@ -16,6 +16,9 @@ from gadjax.teachers.config import PRICES
 EFFICIENCY = 0.5  # share of the roofline that programs reach; a guess until it is measured
 
 
+WRITTEN = 1e9  # bytes a second that a host writes of a checkpoint; as much of a guess
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """One stage.

@@ -22,7 +22,7 @@ class Chip:
         memory: bytes that a program may use.
         flops: bfloat16 operations per second.
         bandwidth: bytes per second between the chip and its memory.
-        links: bytes per second over all of the chip's links to other chips.
+        links: bytes per second that it sends over all of its links to other chips: half of what the data sheet calls bidirectional.
     """
 
     memory: float
@@ -31,13 +31,16 @@ class Chip:
     links: float
 
 
-# Cloud TPU's documentation, "TPU architecture"; of the memory, what the compiler says it may use.
+# The tables of Cloud TPU's documentation, docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: bfloat16 peak, HBM and inter-chip interconnect
+# (ICI) bandwidth per chip; of ICI they tell both ways together, of v4's nothing: arXiv 2304.01433 has 6 links of 50 GB/s. Of the memory
+# (32 GiB, 16 GB, 95 GiB and 32 GB in the tables), what the compiler says that a program may use.
 CHIPS = {
-    "v4": Chip(memory=30.75 * GIB, flops=275e12, bandwidth=1228e9, links=300e9),
+    "v4": Chip(memory=30.75 * GIB, flops=275e12, bandwidth=1200e9, links=300e9),
     "v5e": Chip(memory=15.75 * GIB, flops=197e12, bandwidth=819e9, links=200e9),
     "v5p": Chip(memory=95.74 * GIB, flops=459e12, bandwidth=2765e9, links=600e9),
-    "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1640e9, links=448e9),
+    "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1638e9, links=400e9),
 }
+ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else each of a v4 chip's two cores is one
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Topology:
     Attributes:
         name: as the command line has it.
         chip: one of them.
-        devices: to compile for; a v4 or v5p chip is one device.
+        devices: to compile for, one for each chip.
     """
 
     name: str
@@ -58,6 +61,11 @@ class Topology:
     def chips(self) -> int:
         """How many."""
         return len(self.devices)
+
+    @property
+    def hosts(self) -> int:
+        """How many machines they are in."""
+        return len({device.process_index for device in self.devices})
 
 
 def topology_of(name: str) -> Topology:
@@ -72,7 +80,7 @@ def topology_of(name: str) -> Topology:
     if kind not in CHIPS or not shape:
         raise UserError("--topology", f"{name} is not known", f"write CHIP:SHAPE as v5p:2x2x4, CHIP one of {', '.join(CHIPS)}; or {LOCAL}")
     try:
-        found = topologies.get_topology_desc(topology_name=name, platform="tpu")
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", **ONE_DEVICE.get(kind, {}))
     except Exception as error:  # the plug-in raises what it likes
         reason = str(error).splitlines()[0]
         mend = "install gadjax[tpu], or write another shape, such as v5e:4x4 or v5p:2x2x4"

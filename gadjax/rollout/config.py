@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from gadjax.section import Section
+from gadjax.sharding import MeshConfig
 
 
 class RolloutConfig(Section):
@@ -15,9 +16,12 @@ class RolloutConfig(Section):
         halvings: how often half of the slots are given up at the end, where no sample waits for them; by default twice where
             responses may be so long that it pays for the compilation. 0: a sample's bits do not depend on the lengths of others
             even where a matrix product's rounding depends on its number of rows.
+        mesh: how weights, prompts and slots lie on the devices while they decode; by default as in training. They are laid out anew on the
+            devices themselves.
     """
 
     slots: int | None = Field(default=None, ge=1)
     prompts: int | None = Field(default=None, ge=1)
     look_every: int = Field(default=32, ge=1)
     halvings: int | None = Field(default=None, ge=0)
+    mesh: MeshConfig | None = None

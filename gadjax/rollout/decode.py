@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gadjax.models.cache_attention import decode, prefill
 from gadjax.models.decoder import Network
 from gadjax.rollout.sampling import sample
-from gadjax.rollout.slots import Decoding, Order, Prompts, advanced, prompts_on_mesh, refilled
+from gadjax.rollout.slots import Cache, Decoding, Order, Prompts, advanced, refilled
 from gadjax.sharding import constrain
 from gadjax.types import Params
 
@@ -53,26 +53,14 @@ def make_weights(network: Network) -> Callable[[Params], Params]:
     return weights
 
 
-def make_prefill(network: Network) -> Callable[..., Prompts]:
-    """Builds `(params, prompts, tokens_CP, lengths_C, groups_C, places_C) -> prompts`: C groups' prompts into their places.
+def make_prefill(network: Network) -> Callable[[Params, jax.Array], list[Cache]]:
+    """Builds `(params, tokens_CP) -> caches`: what C prompts leave to be read, layer by layer."""
 
-    P may be less than the places hold. A place beyond the last is none: what would go there is dropped.
-    """
-
-    def fill(
-        params: Params, prompts: Prompts, tokens_CP: jax.Array, lengths_C: jax.Array, groups_C: jax.Array, places_C: jax.Array
-    ) -> Prompts:
+    def fill(params: Params, tokens_CP: jax.Array) -> list[Cache]:
         tokens_CP = constrain(tokens_CP, "groups", None)
         positions_CP = jnp.broadcast_to(jnp.arange(tokens_CP.shape[1])[None, :], tokens_CP.shape)
         _, (keys, values) = network.bind(params).trunk(tokens_CP, positions_CP, prefill)
-
-        def written(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[places_C, :, : new.shape[2], : new.shape[3]].set(new, mode="drop")
-
-        caches = [(written(old, keys[layer]), written(older, values[layer])) for layer, (old, older) in enumerate(prompts.caches)]
-        keys_G = prompts.keys_G.at[places_C].set(lengths_C - 1, mode="drop")
-        places_B = prompts.places_B.at[groups_C].set(places_C, mode="drop")
-        return prompts_on_mesh(Prompts(caches, keys_G, places_B))
+        return [(keys[layer], values[layer]) for layer in range(keys.shape[0])]
 
     return fill
 

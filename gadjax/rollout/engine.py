@@ -7,6 +7,7 @@ and gives their places to the next ones.
 Letters: B groups, N samples of each, M = B x N samples, C prompts prefilled together, G places for prompts, S decode slots.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -20,8 +21,8 @@ from gadjax.models.decoder import Network
 from gadjax.rollout.config import RolloutConfig
 from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill, make_weights
 from gadjax.rollout.sampling import stream_keys
-from gadjax.rollout.slots import Decoding, Order, Prompts, empty, fewer
-from gadjax.sharding import jit_on, multiple_of, named_sharding, put, replicated
+from gadjax.rollout.slots import Decoding, Order, Prompts, empty, fewer, kept
+from gadjax.sharding import jit_on, multiple_of, named_sharding, put, replicated, reshaped
 from gadjax.types import Params, Rollout
 
 Ids = Sequence[int]
@@ -42,12 +43,16 @@ class Engine:
     exact = True
 
     def __init__(self, network: Network, mesh: Mesh, plan: SamplingPlan, prompt_tokens: int, config: RolloutConfig):
-        self._network, self._mesh, self._plan, self._prompt_tokens, self._config = network, mesh, plan, prompt_tokens, config
+        self._network, self._plan, self._prompt_tokens, self._config = network, plan, prompt_tokens, config
+        self._training, self._mesh = mesh, mesh if config.mesh is None else reshaped(mesh, config.mesh)
         self._params: Params = {}
         self._version = 0
+        mesh = self._mesh
+        self._moved = jit_on(self._training, lambda key: key, out_shardings=replicated(mesh))
         self._begin = jit_on(mesh, self._first, static_argnums=(0, 1))
-        self._weights = jit_on(mesh, make_weights(network), out_shardings=self._weights_layout())
-        self._prefill = jit_on(mesh, make_prefill(network), donate_argnums=1)
+        self._weights = jit_on(self._training, make_weights(network), out_shardings=self._weights_layout())
+        self._prefill = jit_on(self._training, make_prefill(network), out_shardings=self._cache_layout())
+        self._kept = jit_on(mesh, kept, donate_argnums=0)
         self._decode = jit_on(mesh, make_decode(network, plan), donate_argnums=3)
         self._fewer = jit_on(mesh, fewer, static_argnums=1)
 
@@ -58,7 +63,9 @@ class Engine:
     def generate(self, prompts: Sequence[Ids], key: jax.Array, step: int, limits_BN: np.ndarray | None = None) -> Rollout:
         """See `RolloutBackend`. The streams depend on (key, step, group, sample, position)."""
         places, count, together = self.sizes(len(prompts))
-        order, resident, state = self._begin(places, count, *map(self._put, self._asked(prompts, limits_BN)), key, self._put(step))
+        order, resident, state = self._begin(
+            places, count, *map(self._put, self._asked(prompts, limits_BN)), self._moved(key), self._put(step)
+        )
         decoded = partial(self._decoded, self._weights(self._params), order)
         begun, free, homes, looks = 0, list(range(places)), dict[int, int](), deque[jax.Array]()
         while True:
@@ -81,27 +88,36 @@ class Engine:
         return self._rollout(state, len(prompts))
 
     def traced(self, params: Params, held: tuple[Order, Prompts, Decoding]) -> list[tuple[str, Any, Any]]:
-        """The programs of a rollout, for a plan: name, the traced program, its arguments. `params`, and `held` by it, are abstract."""
+        """The programs of a rollout, for a plan, but for those that only begin or move prompts: name, the traced program, its arguments.
+
+        `params`, and `held` by it, are abstract.
+        """
         order, resident, state = held
         _, _, together = self.sizes(order.lengths_B.shape[0])
 
-        def array(shape: tuple[int, ...], *names: str | None) -> Any:
-            return jax.ShapeDtypeStruct(shape, np.int32, sharding=named_sharding(names, shape, self._mesh))
+        def everywhere(shape: tuple[int, ...], mesh: Mesh) -> Any:
+            return jax.ShapeDtypeStruct(shape, np.int32, sharding=replicated(mesh))
 
-        tokens = array((together, self._prompt_tokens), "groups", None)
-        filled = (params, resident, tokens, *[array((together,), None)] * 3)
+        asked = {
+            "weights": (self._weights, (params,)),
+            "prefill": (self._prefill, (params, everywhere((together, self._prompt_tokens), self._training))),
+            "decode": (self._decode, (self.weights(params), resident, order, state, *[everywhere((), self._mesh)] * 3)),
+        }
+        return [(name, program.trace(*arguments), arguments) for name, (program, arguments) in asked.items()]
+
+    def weights(self, params: Params) -> Params:
+        """Shapes and shardings of the decode loop's weights."""
         shapes = jax.eval_shape(make_weights(self._network), params)
-        weights = jax.tree.map(
+        return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, self._weights_layout()
         )
-        decoded = (weights, resident, order, state, *[array(())] * 3)
-        return [("prefill", self._prefill.trace(*filled), filled), ("decode", self._decode.trace(*decoded), decoded)]
 
     def resident(self, groups: int) -> tuple[Order, Prompts, Decoding]:
         """Shapes and shardings of what a rollout of so many groups holds on the devices beside the parameters."""
         places, count, _ = self.sizes(groups)
         asked = jax.eval_shape(lambda: [np.zeros(groups, np.int32)] * 2 + [np.zeros(groups * self._plan.samples, np.int32)])
-        order, prompts, state = jax.eval_shape(partial(self._first, places, count), *asked, jax.random.key(0), np.int32(0))
+        key = jax.eval_shape(jax.random.key, jax.ShapeDtypeStruct((), np.uint32))
+        order, prompts, state = jax.eval_shape(partial(self._first, places, count), *asked, key, np.int32(0))
 
         def placed(leaf: Any, first: str | None) -> Any:
             names = (first, "kv_heads", None, None) if leaf.ndim == 4 else (first, *[None] * (leaf.ndim - 1))[: leaf.ndim]
@@ -113,16 +129,21 @@ class Engine:
         return everywhere[0], prompts, Decoding(slots, *everywhere[1:])
 
     def _weights_layout(self) -> Params:
-        """Where the decode loop's weights lie: as in training."""
+        """Where the decode loop's weights lie."""
         axes, layers = self._network.axes, self._network.bind(self._network.shapes).trunk.config.layers
         blocks = [{name: names[1:] for name, names in axes["trunk"]["blocks"].items()}] * layers
         shapes = jax.eval_shape(make_weights(self._network), self._network.shapes)
         apart = axes | {"trunk": axes["trunk"] | {"blocks": blocks}}
         return jax.tree.map(lambda leaf, names: named_sharding(names, leaf.shape, self._mesh), shapes, apart)
 
+    def _cache_layout(self) -> Any:
+        """Where the caches of prompts that were prefilled together lie; there are enough of them to be divided."""
+        config, parts = self._network.bind(self._network.shapes).trunk.config, multiple_of("groups", self._mesh)
+        return named_sharding(("groups", "kv_heads", None, None), (parts, config.kv_heads, 1, 1), self._mesh)
+
     def sizes(self, groups: int) -> tuple[int, int, int]:
         """For so many groups: G, S and C."""
-        samples, multiple = self._plan.samples, multiple_of("slots", self._mesh)
+        samples, multiple = self._plan.samples, math.lcm(*(multiple_of("slots", mesh) for mesh in (self._mesh, self._training)))
 
         def rounded_up(number: int) -> int:
             return -(-number // multiple) * multiple
@@ -163,8 +184,8 @@ class Engine:
             lengths[row] = len(prompts[group])
             ids[row, : lengths[row]] = prompts[group]
         none = [NOWHERE] * (together - len(new))
-        tokens = put(ids, named_sharding(("groups", None), ids.shape, self._mesh))
-        return self._prefill(self._params, resident, tokens, *map(self._put, (lengths, [*new, *none], [*new.values(), *none])))
+        caches = self._prefill(self._params, put(ids, replicated(self._training)))
+        return self._kept(resident, caches, *map(self._put, (lengths, [*new, *none], [*new.values(), *none])))
 
     def _decoded(
         self, weights: Params, order: Order, resident: Prompts, state: Decoding, begun: int, steps: int, few: int = 0

@@ -21,7 +21,7 @@ from gadjax.models.cache_attention import decode
 from gadjax.models.decoder import Network
 from gadjax.rollout.decode import make_prefill, make_weights
 from gadjax.rollout.sampling import draw, integer_probabilities, nucleus
-from gadjax.rollout.slots import Cache, Prompts, prompts_on_mesh
+from gadjax.rollout.slots import Cache, Prompts, kept, prompts_on_mesh
 from gadjax.sharding import constrain, jit_on, multiple_of, named_sharding, put, replicated
 from gadjax.types import Params
 
@@ -175,7 +175,8 @@ class Live:
         self._params = jit_on(mesh, cast)(params)  # stacked, for prefills
         self._weights = jit_on(mesh, make_weights(network))(self._params)
         self._prompts, self._caches = jit_on(mesh, lambda: self._empty(network))()
-        self._prefill = jit_on(mesh, make_prefill(network), donate_argnums=1)
+        fill = make_prefill(network)
+        self._prefill = jit_on(mesh, lambda params, prompts, tokens, *where: kept(prompts, fill(params, tokens), *where), donate_argnums=1)
         self._decode = jit_on(mesh, make_decode(network, samples, end_of_turn), donate_argnums=2)
         count = self.places * samples
         no, zeros, numbers = np.zeros(count, np.bool_), np.zeros(count, np.int32), np.ones(count, np.float32)

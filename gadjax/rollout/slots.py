@@ -111,6 +111,17 @@ def prompts_on_mesh(prompts: Prompts) -> Prompts:
     return prompts._replace(caches=jax.tree.map(lambda cache: constrain(cache, "groups", "kv_heads", None, None), prompts.caches))
 
 
+def kept(prompts: Prompts, caches: list[Cache], lengths_C: jax.Array, groups_C: jax.Array, places_C: jax.Array) -> Prompts:
+    """The prompts with C more in their places, which may hold longer ones. What would go beyond the last place is dropped."""
+
+    def written(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[places_C, :, : new.shape[2], : new.shape[3]].set(new, mode="drop")
+
+    keys_G = prompts.keys_G.at[places_C].set(lengths_C - 1, mode="drop")
+    places_B = prompts.places_B.at[groups_C].set(places_C, mode="drop")
+    return prompts_on_mesh(Prompts(jax.tree.map(written, prompts.caches, caches), keys_G, places_B))
+
+
 def on_mesh(state: Decoding) -> Decoding:
     """The slots, divided over the mesh in scope; the responses are on every device."""
     sample_S, position_S, input_S = (constrain(array, "slots") for array in state.slots[:3])
