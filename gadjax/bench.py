@@ -219,6 +219,19 @@ PARTS: dict[str, Callable[[Bench], dict[str, float]]] = {
 }
 
 
+def stage_to_measure(config: Config) -> tuple[Config, str, DecoderConfig]:
+    """A config, its last stage that samples, and the student's dimensions.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    stage = next((name for name, stage in reversed(config.stages.items()) if isinstance(stage, SamplingStageConfig)), None)
+    if stage is None:
+        raise UserError("stages", "none of them samples", "give a warmup or gad stage")
+    student = config.student
+    return config, stage, fresh_dims(student.random, student.random.words) if student.random else read_config(Path(str(student.path)))[1]
+
+
 def bench(words: list[str], config: Path, repeats: int, as_json: bool) -> None:
     """Measures parts, by default all, of a config's last stage that samples.
 
@@ -229,19 +242,13 @@ def bench(words: list[str], config: Path, repeats: int, as_json: bool) -> None:
         as_json: one JSON object on stdout.
 
     Raises:
-        UserError: there is no such part, or no such stage.
+        UserError: there is no such part, or no stage that samples.
     """
     parts, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
     for part in parts:
         if part not in PARTS:
             raise UserError("bench", f"there is no part {part}", f"use some of {', '.join(PARTS)}")
-    loaded = load_config(config, overrides)
-    stage = next((name for name, stage in reversed(loaded.stages.items()) if isinstance(stage, SamplingStageConfig)), None)
-    if stage is None:
-        raise UserError("stages", "none of them samples", "give a warmup or gad stage")
-    student = loaded.student
-    dims = fresh_dims(student.random, student.random.words) if student.random else read_config(Path(str(student.path)))[1]
-    made = Bench(loaded, stage, dims, repeats)
+    made = Bench(*stage_to_measure(load_config(config, overrides)), repeats)
     found = {name: PARTS[name](made) for name in (parts or PARTS)}
     if as_json:
         print(to_json(found))

@@ -97,6 +97,8 @@ class DataConfig(Section):
         max_response_tokens: R; longer responses are cut and have no end of turn.
         row_tokens: L, tokens of a packed row, rounded up to what the mesh divides; by default the largest group.
         rows: M, packed rows of a micro-batch; by default one per data-parallel device.
+        row_widths: for how many widths of rows the steps are compiled, from half of `row_tokens` up: a micro-batch whose rows are not full
+            takes the least that holds them. Worth the compilation where a row has room for hardly more than one group.
         teachers: whose answers are used, by name: `teacher`, or one of `teachers`; null: those of all.
         samples: how many answers of each teacher to a prompt are used; null: as many as it was asked for.
     """
@@ -105,6 +107,7 @@ class DataConfig(Section):
     max_response_tokens: int = Field(default=1536, ge=1)
     row_tokens: int | None = Field(default=None, ge=2)
     rows: int | None = Field(default=None, ge=1)
+    row_widths: int = Field(default=1, ge=1, le=8)
     teachers: list[str] | None = Field(default=None, min_length=1)
     samples: int | None = Field(default=None, ge=1)
 

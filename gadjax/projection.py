@@ -1,11 +1,12 @@
 """Log-probabilities of tokens through the projection to the vocabulary, of which logits exist for a few columns at a time.
 
-A batch of 100,000 tokens and 150,000 words would make 60 GB of logits. Here neither the forward nor the backward pass ever holds
-more than one chunk of them; the backward pass computes them again.
+A batch of 100,000 tokens and 150,000 words would make 60 GB of logits. Here there is never more than one chunk of them, and each is
+computed once, gradients included.
 
 Letters: M rows, L columns (tokens of a row), C columns of a chunk, T tokens of a chunk (M x C), D model width, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,39 +15,151 @@ import jax.numpy as jnp
 
 from gadjax.sharding import constrain
 
+TokenLoss = Callable[..., jax.Array]  # (log-probabilities of tokens, what else is known of each, ...) -> their losses
+
 
 def projected_log_probs(
-    hidden_MLD: jax.Array, weight_VD: jax.Array, targets_ML: jax.Array, used: jax.Array, temperature: float, chunk: int
+    hidden_MLD: jax.Array, weight_VD: jax.Array, targets_ML: jax.Array, counts_M: jax.Array, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`losses.token_log_probs` of logits = hidden · weight / T, which exist for `chunk` columns at a time only, forward and backward.
+    """`losses.token_log_probs` of logits = hidden · weight / T, without gradients.
 
     Args:
         hidden_MLD: hidden states in the compute dtype; L is a multiple of `chunk`.
         weight_VD: the projection, float32.
         targets_ML: int32.
-        used: int32 scalar; only the chunks that begin before this column are computed.
+        counts_M: int32, how many of its first columns a row uses; only the chunks in which some row does are computed.
         temperature: T.
         chunk: columns at a time.
 
     Returns:
-        [M, L] float32 log-probabilities and [M, L] float32 entropies, 0 from the last computed chunk on. The entropy has no gradient:
-        it is only looked at.
+        [M, L] float32 log-probabilities and [M, L] float32 entropies, 0 from the last computed chunk on.
     """
-    found: Any = _projected(hidden_MLD, weight_VD, targets_ML, used, temperature, chunk)
+    weight = _spread(weight_VD.astype(hidden_MLD.dtype))
+
+    def add(index: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
+        hidden_MCD, targets_MC = _cut((hidden_MLD, targets_ML), index, chunk)
+        logp_MC, entropy_MC, _ = _of_targets(_logits(hidden_MCD, weight, temperature), targets_MC)
+        return _put(found, (logp_MC, entropy_MC), index, chunk)
+
+    zeros_ML = jnp.zeros(targets_ML.shape, jnp.float32)
+    logp_ML, entropy_ML = jax.lax.fori_loop(0, _chunks(counts_M, chunk), add, [zeros_ML, zeros_ML])
+    return logp_ML, entropy_ML
+
+
+def projected_loss(
+    token_loss: TokenLoss,
+    temperature: float,
+    chunk: int,
+    hidden_MLD: jax.Array,
+    weight_VD: jax.Array,
+    targets_ML: jax.Array,
+    counts_M: jax.Array,
+    known: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sum over the used columns of a loss that is a function of each token's log-probability.
+
+    Because the loss of a token needs no other token, its gradient is there as soon as its logits are: with gradients, the
+    forward pass makes those by hidden states and projection while it has them, and logits are computed once.
+
+    Args:
+        token_loss: the loss of tokens.
+        temperature: as in `projected_log_probs`, and so the following ones but `known`.
+        chunk: columns at a time.
+        hidden_MLD: hidden states.
+        weight_VD: the projection.
+        targets_ML: int32.
+        counts_M: columns that a row uses.
+        known: arrays [M, L], further arguments of `token_loss`.
+
+    Returns:
+        The loss, and log-probabilities and entropies as `projected_log_probs` has them; they have no gradient.
+    """
+    found: Any = _loss(token_loss, temperature, chunk, hidden_MLD, weight_VD, targets_ML, counts_M, known)
     return found
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _projected(
-    hidden_MLD: jax.Array, weight_VD: jax.Array, targets_ML: jax.Array, used: jax.Array, temperature: float, chunk: int
-) -> tuple[jax.Array, ...]:
-    return _project(hidden_MLD, weight_VD, targets_ML, used, temperature, chunk)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss(
+    token_loss: TokenLoss,
+    temperature: float,
+    chunk: int,
+    hidden_MLD: jax.Array,
+    weight_VD: jax.Array,
+    targets_ML: jax.Array,
+    counts_M: jax.Array,
+    known: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    logp_ML, entropy_ML = projected_log_probs(hidden_MLD, weight_VD, targets_ML, counts_M, temperature, chunk)
+    used_ML = jnp.arange(targets_ML.shape[1])[None] < counts_M[:, None]
+    return jnp.sum(jnp.where(used_ML, token_loss(logp_ML, *known), 0.0)), logp_ML, entropy_ML
+
+
+def _loss_and_gradients(
+    token_loss: TokenLoss,
+    temperature: float,
+    chunk: int,
+    hidden_MLD: jax.Array,
+    weight_VD: jax.Array,
+    targets_ML: jax.Array,
+    counts_M: jax.Array,
+    known: tuple[jax.Array, ...],
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    weight = _spread(weight_VD.astype(hidden_MLD.dtype))
+
+    def add(index: jax.Array, found: tuple[Any, ...]) -> tuple[Any, ...]:
+        loss, by_weight_VD, parts = found
+        hidden_MCD, targets_MC, known_MC = _cut((hidden_MLD, targets_ML, known), index, chunk)
+        used_MC = (index * chunk + jnp.arange(chunk))[None] < counts_M[:, None]
+        logits_MCV = _logits(hidden_MCD, weight, temperature)
+        logp_MC, entropy_MC, normaliser_MC = _of_targets(logits_MCV, targets_MC)
+
+        def of(logp_MC: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(used_MC, token_loss(logp_MC, *known_MC), 0.0))
+
+        new, by_logp_MC = jax.value_and_grad(of)(logp_MC)
+        probs_MCV = jnp.exp(logits_MCV - normaliser_MC[..., None])
+        chosen_MCV = jax.nn.one_hot(targets_MC, weight.shape[0], dtype=jnp.float32)
+        by_logits_MCV = (chosen_MCV - probs_MCV) * (by_logp_MC / temperature)[..., None]
+        by_logits_TV = by_logits_MCV.astype(weight.dtype).reshape(-1, weight.shape[0])
+        by_hidden_TD = jnp.einsum("tv,vd->td", by_logits_TV, weight, preferred_element_type=jnp.float32)
+        by_hidden_MCD = constrain(by_hidden_TD.reshape(hidden_MCD.shape), "rows", None, None).astype(weight.dtype)
+        flat_TD = constrain(hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), None, None)
+        by_weight_VD = _spread(by_weight_VD + jnp.einsum("tv,td->vd", by_logits_TV, flat_TD, preferred_element_type=jnp.float32))
+        return loss + new, by_weight_VD, _put(parts, (logp_MC, entropy_MC, by_hidden_MCD), index, chunk)
+
+    zeros_ML = jnp.zeros(targets_ML.shape, jnp.float32)
+    none = (jnp.float32(0.0), _spread(jnp.zeros(weight_VD.shape, jnp.float32)), [zeros_ML, zeros_ML, jnp.zeros_like(hidden_MLD)])
+    loss, by_weight_VD, (logp_ML, entropy_ML, by_hidden_MLD) = jax.lax.fori_loop(0, _chunks(counts_M, chunk), add, none)
+    return (loss, logp_ML, entropy_ML), (by_hidden_MLD, by_weight_VD.astype(weight_VD.dtype))
+
+
+def _scaled(
+    token_loss: TokenLoss, temperature: float, chunk: int, kept: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array | None, ...]:
+    del token_loss, temperature, chunk
+    by_hidden_MLD, by_weight_VD = (array * jnp.broadcast_to(cotangents[0].astype(array.dtype), array.shape) for array in kept)
+    return by_hidden_MLD, by_weight_VD, None, None, None
+
+
+_loss.defvjp(_loss_and_gradients, _scaled)
 
 
 def _logits(hidden_MCD: jax.Array, weight_VD: jax.Array, temperature: float) -> jax.Array:
     hidden_TD = constrain(hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), None, None)
     flat = constrain(jnp.einsum("td,vd->tv", hidden_TD, weight_VD, preferred_element_type=jnp.float32), None, "words")
     return flat.reshape(*hidden_MCD.shape[:-1], -1) / temperature
+
+
+def _of_targets(logits_MCV: jax.Array, targets_MC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities, entropies and log-normalisers."""
+    largest_MC = jnp.max(logits_MCV, axis=-1)
+    shifted_MCV = logits_MCV - largest_MC[..., None]
+    weights_MCV = jnp.exp(shifted_MCV)
+    total_MC = jnp.sum(weights_MCV, axis=-1)
+    mean_MC = jnp.sum(weights_MCV * shifted_MCV, axis=-1) / total_MC
+    chosen_MC = jnp.take_along_axis(shifted_MCV, targets_MC[..., None], axis=-1).squeeze(-1)
+    log_total_MC = jnp.log(total_MC)
+    return chosen_MC - log_total_MC, log_total_MC - mean_MC, largest_MC + log_total_MC
 
 
 def _spread(weight_VD: jax.Array) -> jax.Array:
@@ -57,57 +170,15 @@ def _spread(weight_VD: jax.Array) -> jax.Array:
     return constrain(weight_VD, "words", None)
 
 
-def _chunks(used: jax.Array, chunk: int) -> jax.Array:
-    return (used + chunk - 1) // chunk
+def _chunks(counts_M: jax.Array, chunk: int) -> jax.Array:
+    return (jnp.max(counts_M) + chunk - 1) // chunk
 
 
-def _project(
-    hidden_MLD: jax.Array, weight_VD: jax.Array, targets_ML: jax.Array, used: jax.Array, temperature: float, chunk: int
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    weight = _spread(weight_VD.astype(hidden_MLD.dtype))
-    zeros_ML = jnp.zeros(targets_ML.shape, jnp.float32)
-
-    def add(index: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        at = index * chunk
-        hidden_MCD, targets_MC = (jax.lax.dynamic_slice_in_dim(array, at, chunk, axis=1) for array in (hidden_MLD, targets_ML))
-        logits_MCV = _logits(hidden_MCD, weight, temperature)
-        largest_MC = jnp.max(logits_MCV, axis=-1)
-        shifted_MCV = logits_MCV - largest_MC[..., None]
-        weights_MCV = jnp.exp(shifted_MCV)
-        total_MC = jnp.sum(weights_MCV, axis=-1)
-        mean_MC = jnp.sum(weights_MCV * shifted_MCV, axis=-1) / total_MC
-        chosen_MC = jnp.take_along_axis(shifted_MCV, targets_MC[..., None], axis=-1).squeeze(-1)
-        log_total_MC = jnp.log(total_MC)
-        new = (chosen_MC - log_total_MC, log_total_MC - mean_MC, largest_MC + log_total_MC)
-        return tuple(jax.lax.dynamic_update_slice_in_dim(old, part, at, axis=1) for old, part in zip(found, new, strict=True))
-
-    logp_ML, entropy_ML, normaliser_ML = jax.lax.fori_loop(0, _chunks(used, chunk), add, (zeros_ML, zeros_ML, zeros_ML))
-    return (logp_ML, entropy_ML), (hidden_MLD, weight_VD, targets_ML, used, normaliser_ML)
+def _cut(arrays: Any, index: jax.Array, chunk: int) -> Any:
+    """The columns of a chunk."""
+    return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1), arrays)
 
 
-def _project_back(temperature: float, chunk: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, ...]:
-    hidden_MLD, weight_VD, targets_ML, used, normaliser_ML = kept
-    weight, by_logp_ML = _spread(weight_VD.astype(hidden_MLD.dtype)), cotangents[0]
-
-    def add(index: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        by_hidden_MLD, by_weight_VD = found
-        at = index * chunk
-        hidden_MCD, targets_MC, normaliser_MC, by_logp_MC = (
-            jax.lax.dynamic_slice_in_dim(array, at, chunk, axis=1) for array in (hidden_MLD, targets_ML, normaliser_ML, by_logp_ML)
-        )
-        probs_MCV = jnp.exp(_logits(hidden_MCD, weight, temperature) - normaliser_MC[..., None])
-        chosen_MCV = jax.nn.one_hot(targets_MC, weight.shape[0], dtype=jnp.float32)
-        by_logits_MCV = (chosen_MCV - probs_MCV) * (by_logp_MC / temperature)[..., None]
-        by_logits_TV = by_logits_MCV.astype(weight.dtype).reshape(-1, weight.shape[0])
-        by_hidden_TD = jnp.einsum("tv,vd->td", by_logits_TV, weight, preferred_element_type=jnp.float32)
-        by_hidden_MCD = constrain(by_hidden_TD.reshape(hidden_MCD.shape), "rows", None, None).astype(weight.dtype)
-        flat_TD = constrain(hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), None, None)
-        by_weight_VD = _spread(by_weight_VD + jnp.einsum("tv,td->vd", by_logits_TV, flat_TD, preferred_element_type=jnp.float32))
-        return jax.lax.dynamic_update_slice_in_dim(by_hidden_MLD, by_hidden_MCD, at, axis=1), by_weight_VD
-
-    zeros = (jnp.zeros_like(hidden_MLD), _spread(jnp.zeros(weight_VD.shape, jnp.float32)))
-    by_hidden_MLD, by_weight_VD = jax.lax.fori_loop(0, _chunks(used, chunk), add, zeros)
-    return by_hidden_MLD, by_weight_VD.astype(weight_VD.dtype), None, None
-
-
-_projected.defvjp(_project, _project_back)
+def _put(arrays: Any, parts: Any, index: jax.Array, chunk: int) -> list[jax.Array]:
+    """Arrays with a chunk's columns written into them."""
+    return [jax.lax.dynamic_update_slice_in_dim(old, part, index * chunk, axis=1) for old, part in zip(arrays, parts, strict=True)]

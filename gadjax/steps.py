@@ -55,7 +55,9 @@ def row_shape(data: DataConfig, mesh: Mesh, groups: int, responses: int, togethe
         raise UserError("data.row_tokens", f"{length} is less than a prompt and a response", f"make it at least {shortest}")
     multiple = row_multiple(mesh)
     rows = max(data.rows or 1, RowShape.rows_of_largest(responses, length=length, **lengths) if together else 1)
-    return RowShape.holding(groups, responses, rows=-(-rows // multiple) * multiple, length=length, together=together, **lengths)
+    return RowShape.holding(
+        groups, responses, rows=-(-rows // multiple) * multiple, length=length, together=together, widths=data.row_widths, **lengths
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 On the host, where rows are packed and rollouts are read, the same pytrees hold NumPy arrays.
 
 Letters: B groups in the batch, J responses of a group, N student responses, R response tokens, A micro-batches, M rows of
-a micro-batch, L tokens of a row.
+a micro-batch, L tokens of a row, W widths of a micro-batch.
 
 A *packed row* holds whole groups without padding inside: a prompt once, then its responses one after the other, then the
 next group. A token attends to another iff both are in the same segment, the key is in the prompt or in the query's own
@@ -49,6 +49,7 @@ class PackedRows(NamedTuple):
         micro_BJ: int32 micro-batch that holds the response. In rows for a discriminator all responses of one group share it.
         ends_BJ: int32 flat index into [M * L] of the response's last token.
         first_BJ: int32 index of the first response of the group with the same tokens; its own index if there is none.
+        fits_AW: bool, whether the micro-batch's tokens are all in the first columns, as many as each of `row_widths(L, W)`.
         used: int32 scalar, the number of micro-batches with tokens in them; the first ones.
         total: float32 scalar, the number of response tokens in the batch: what a token mean divides by.
     """
@@ -57,8 +58,14 @@ class PackedRows(NamedTuple):
     micro_BJ: jax.Array
     ends_BJ: jax.Array
     first_BJ: jax.Array
+    fits_AW: jax.Array
     used: jax.Array
     total: jax.Array
+
+
+def row_widths(length: int, count: int) -> list[int]:
+    """The `count` widths for which a step is compiled: evenly from the row's half, that excluded, to its whole `length`."""
+    return [-(-length * part // (2 * count)) for part in range(count + 1, 2 * count + 1)]
 
 
 class MicroBatch(NamedTuple):
@@ -67,7 +74,7 @@ class MicroBatch(NamedTuple):
     Attributes:
         cells: its tokens; every field is [M, L].
         here_BJ: bool, whether the response is in this micro-batch.
-        ends_BJ: as in `PackedRows`.
+        ends_BJ: as in `PackedRows`, into the columns that there are.
         total: as in `PackedRows`: of the whole batch.
     """
 

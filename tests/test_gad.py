@@ -223,8 +223,9 @@ def test_seqkd_is_the_cross_entropy_of_the_teachers_tokens():
         (RowShape(groups=4, micro_batches=1, rows=1, length=64), [0, 1, 2, 3]),  # several groups in a row
         (RowShape(groups=4, micro_batches=4, rows=1, length=20), [0, 1, 2, 3]),  # a group a micro-batch: sizes differ
         (RowShape(groups=4, micro_batches=4, rows=4, length=10), [3, 2, 1, 0]),  # split by response, the prompt repeated
+        (RowShape(groups=4, micro_batches=4, rows=1, length=20, widths=3), [1, 0, 2, 3]),  # each as wide as its tokens
     ],
-    ids=["permuted", "one row", "micro-batches", "split"],
+    ids=["permuted", "one row", "micro-batches", "split", "widths"],
 )
 def test_the_gradient_does_not_depend_on_how_groups_lie_in_rows(shape, order):
     scores = np.random.default_rng(1).normal(size=(4, 4)).astype(np.float32)

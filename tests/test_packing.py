@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gadjax.data.packing import RowShape, pack
+from gadjax.types import row_widths
 
 P, R = 5, 4
 
@@ -81,6 +82,13 @@ def test_log_probabilities_stand_beside_their_tokens():
     shape = RowShape(groups=1, micro_batches=1, rows=1, length=8)
     packed = pack([[1, 2]], [[[3, 4], [5]]], shape, logps=[[[-0.5, -1.0], [-2.0]]])
     np.testing.assert_array_equal(packed.cells.logps_ML[0, 0], np.array([0, 0, -0.5, -1.0, -2.0, 0, 0, 0], np.float32))
+
+
+def test_a_micro_batch_is_as_wide_as_its_tokens():
+    shape = RowShape(groups=3, micro_batches=3, rows=1, length=10, widths=3)
+    packed = pack([[1], [2], [3]], [[[1] * 9], [[2] * 6], [[3] * 5]], shape)
+    assert row_widths(10, 3) == [7, 9, 10]
+    assert packed.fits_AW.tolist() == [[False, False, True], [True, True, True], [True, True, True]]
 
 
 def test_what_does_not_fit_is_refused():

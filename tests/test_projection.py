@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gadjax.losses import token_log_probs
-from gadjax.projection import projected_log_probs
+from gadjax.projection import projected_log_probs, projected_loss
 
 M, L, D, V = 2, 12, 8, 30
 
@@ -21,30 +21,62 @@ def at_once(hidden: jax.Array, weight: jax.Array, targets: jax.Array, temperatur
     return token_log_probs(jnp.einsum("mld,vd->mlv", hidden, weight) / temperature, targets)
 
 
+def lossy(logp: jax.Array, probe: jax.Array) -> jax.Array:
+    """A loss that is linear in nothing."""
+    return probe * jnp.exp(0.3 * logp)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 12])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients_are_those_of_all_logits_at_once(chunk: int, temperature: float):
     hidden, weight, targets = case()
     probe = jnp.asarray(np.random.default_rng(1).standard_normal((M, L)), jnp.float32)
-    chunked, back = jax.vjp(lambda h, w: projected_log_probs(h, w, targets, jnp.int32(L), temperature, chunk), hidden, weight)
-    whole, whole_back = jax.vjp(lambda h, w: at_once(h, w, targets, temperature), hidden, weight)
-    for found, wanted in zip(chunked, whole, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-    for found, wanted in zip(back((probe, jnp.zeros_like(probe))), whole_back((probe, jnp.zeros_like(probe))), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-5)
+    counts = jnp.array([L, L - 3])
+    used = jnp.arange(L)[None] < counts[:, None]
+
+    def chunked(hidden: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        loss, *found = projected_loss(lossy, temperature, chunk, hidden, weight, targets, counts, (probe,))
+        return 3 * loss, (loss, *found)
+
+    def whole(hidden: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        logp, entropy = at_once(hidden, weight, targets, temperature)
+        loss = jnp.sum(jnp.where(used, lossy(logp, probe), 0.0))
+        return 3 * loss, (loss, logp, entropy)
+
+    (_, (loss, *found)), grads = jax.value_and_grad(chunked, (0, 1), has_aux=True)(hidden, weight)
+    (_, (wanted_loss, *wanted)), wanted_grads = jax.value_and_grad(whole, (0, 1), has_aux=True)(hidden, weight)
+    without_gradients = chunked(hidden, weight)[1]
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    np.testing.assert_allclose(without_gradients[0], wanted_loss, rtol=1e-5)
+    alone = projected_log_probs(hidden, weight, targets, counts, temperature, chunk)
+    for one, other, again, value in zip(found, without_gradients[1:], alone, wanted, strict=True):
+        for each in (one, other, again):
+            np.testing.assert_allclose(np.asarray(each)[used], np.asarray(value)[used], rtol=1e-5, atol=1e-5)
+    for one, value in zip(grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(one, value, rtol=1e-5, atol=2e-5)
 
 
 def test_what_is_not_used_is_not_computed_and_has_no_gradient():
     hidden, weight, targets = case()
-    hidden = hidden.at[:, 8:].set(jnp.nan)
-    (logp, entropy), back = jax.vjp(lambda h, w: projected_log_probs(h, w, targets, jnp.int32(7), 1.0, 4), hidden, weight)
-    assert not np.any(np.asarray(logp)[:, 8:]) and not np.any(np.asarray(entropy)[:, 8:])
-    by_hidden, by_weight = map(np.asarray, back((jnp.ones_like(logp), jnp.zeros_like(logp))))
-    assert not np.any(by_hidden[:, 8:]) and np.all(np.isfinite(by_weight)) and np.any(by_hidden[:, :8])
+    hidden, counts = hidden.at[:, 8:].set(jnp.nan), jnp.array([7, 5])
+
+    def loss(hidden: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        value, *found = projected_loss(jnp.negative, 1.0, 4, hidden, weight, targets, counts, ())
+        return value, tuple(found)
+
+    (value, (logp, entropy)), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, weight)
+    assert np.isfinite(value) and not np.any(np.asarray(logp)[:, 8:]) and not np.any(np.asarray(entropy)[:, 8:])
+    by_hidden, by_weight = map(np.asarray, grads)
+    assert np.any(by_hidden[0, :7]) and np.any(by_hidden[1, :5]) and np.all(np.isfinite(by_weight))
+    assert not np.any(by_hidden[0, 7:]) and not np.any(by_hidden[1, 5:])
 
 
 def test_logits_far_apart_stay_finite():
     hidden, weight, targets = case()
-    (logp, entropy), back = jax.vjp(lambda h, w: projected_log_probs(h, w, targets, jnp.int32(L), 1.0, 4), 1e4 * hidden, weight)
-    assert np.isfinite(logp).all() and np.isfinite(entropy).all()
-    assert all(np.isfinite(grad).all() for grad in back((jnp.ones_like(logp), jnp.zeros_like(logp))))
+
+    def loss(hidden: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        value, *found = projected_loss(jnp.negative, 1.0, 4, hidden, weight, targets, jnp.array([L, L]), ())
+        return value, tuple(found)
+
+    (_, found), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(1e4 * hidden, weight)
+    assert all(np.isfinite(each).all() for each in (*found, *grads))

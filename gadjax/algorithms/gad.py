@@ -26,7 +26,7 @@ from pydantic import Field
 
 from gadjax import losses
 from gadjax.algorithms.balance import BalanceConfig, make_advantages, make_rewards, reward_metrics
-from gadjax.algorithms.forward import accumulate, response_log_probs, response_mask, response_scores, sum_over
+from gadjax.algorithms.forward import accumulate, response_log_probs, response_loss, response_mask, response_scores, sum_over
 from gadjax.algorithms.stage import (
     Algorithm,
     DiscriminatorStep,
@@ -137,6 +137,12 @@ def make_student_step(
     def share(values_ML: jax.Array, micro: MicroBatch) -> jax.Array:
         return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.total
 
+    def of_tokens(logp: jax.Array, logp_ref: jax.Array, logp_sampled: jax.Array, advantage: jax.Array) -> Metrics:
+        logp_old = jax.lax.stop_gradient(logp) if updates == 1 else logp_sampled
+        surrogate, clipped = losses.clipped_surrogate(logp - logp_old, advantage)
+        kl = losses.k3(logp_ref, logp)
+        return {"student/loss": surrogate + kl_weight * kl, "student/kl": kl, "student/clip_fraction": clipped}
+
     def step(role: Role, rows: PackedRows, guidance: Guidance) -> tuple[Role, Metrics]:
         reference, scores_BJ = guidance.reference, guidance.scores_BJ
         assert reference is not None and scores_BJ is not None
@@ -145,20 +151,14 @@ def make_student_step(
 
         def loss(params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:
             cells = micro.cells
-            logp_ML, entropy_ML = response_log_probs(network, params, cells, temperature)
             logp_ref_ML, _ = response_log_probs(network, reference, cells, temperature)
-            logp_old_ML = jax.lax.stop_gradient(logp_ML) if updates == 1 else cells.logps_ML
             advantage_ML = advantages_BN[cells.groups_ML, jnp.maximum(cells.responses_ML, 0)]
-            surrogate_ML, clipped_ML = losses.clipped_surrogate(logp_ML - logp_old_ML, advantage_ML)
-            kl_ML = losses.k3(logp_ref_ML, logp_ML)
-            sums = {
-                "student/loss": share(surrogate_ML + kl_weight * kl_ML, micro),
-                "student/kl": share(kl_ML, micro),
-                "student/entropy": share(entropy_ML, micro),
-                "student/clip_fraction": share(clipped_ML, micro),
-                "rollout/logp_gap": share(jnp.abs(logp_ML - cells.logps_ML), micro),
-            }
-            return sums["student/loss"], sums
+            known = (logp_ref_ML, cells.logps_ML, advantage_ML)
+            of_token = lambda *known: of_tokens(*known)["student/loss"]  # noqa: E731
+            loss, logp_ML, entropy_ML = response_loss(network, params, cells, temperature, of_token, *known)
+            values = of_tokens(logp_ML, *known)
+            values |= {"student/entropy": entropy_ML, "rollout/logp_gap": jnp.abs(logp_ML - cells.logps_ML)}
+            return loss / micro.total, {name: share(values_ML, micro) for name, values_ML in values.items()}
 
         gaps: list[jax.Array] = []
         metrics: Metrics = {}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from pydantic import Field
 
-from gadjax.algorithms.forward import accumulate, response_log_probs, sum_over
+from gadjax.algorithms.forward import accumulate, response_log_probs, response_loss, sum_over
 from gadjax.algorithms.stage import Algorithm, Guidance, OptimizerAt, StageConfig, StudentStep
 from gadjax.models.decoder import Network
 from gadjax.optimizer import update
@@ -26,8 +26,8 @@ class SeqkdConfig(StageConfig):
 
 
 def _micro_loss(network: Network, params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:
-    logp_ML, entropy_ML = response_log_probs(network, params, micro.cells, temperature=1.0)
-    sums = {"student/loss": -jnp.sum(logp_ML) / micro.total, "student/entropy": jnp.sum(entropy_ML) / micro.total}
+    loss, _, entropy_ML = response_loss(network, params, micro.cells, 1.0, jnp.negative)
+    sums = {"student/loss": loss / micro.total, "student/entropy": jnp.sum(entropy_ML) / micro.total}
     return sums["student/loss"], sums
 
 

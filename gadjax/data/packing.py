@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gadjax.types import Cells, PackedRows
+from gadjax.types import Cells, PackedRows, row_widths
 
 Ids = Sequence[int]
 
@@ -31,6 +31,7 @@ class RowShape:
         length: L.
         together: whether all responses of a group share a micro-batch, as the discriminator's loss needs; `rows` must then hold the
             largest group.
+        widths: W, see `gadjax.types.row_widths`.
     """
 
     groups: int
@@ -38,6 +39,7 @@ class RowShape:
     rows: int
     length: int
     together: bool = True
+    widths: int = 1
 
     @staticmethod
     def rows_of_largest(responses: int, *, prompt_tokens: int, response_tokens: int, length: int) -> int:
@@ -46,7 +48,16 @@ class RowShape:
 
     @classmethod
     def holding(
-        cls, groups: int, responses: int, *, prompt_tokens: int, response_tokens: int, rows: int, length: int, together: bool = True
+        cls,
+        groups: int,
+        responses: int,
+        *,
+        prompt_tokens: int,
+        response_tokens: int,
+        rows: int,
+        length: int,
+        together: bool = True,
+        widths: int = 1,
     ) -> "RowShape":
         """The shape that holds any batch of `groups` groups of one prompt of at most P and J responses of at most R tokens.
 
@@ -59,7 +70,7 @@ class RowShape:
             micro_batches = -(-groups // (rows * per_row))
         else:
             micro_batches = -(-groups // (rows // pieces)) if together else -(-groups * pieces // rows)
-        return cls(groups=groups, micro_batches=micro_batches, rows=rows, length=length, together=together)
+        return cls(groups=groups, micro_batches=micro_batches, rows=rows, length=length, together=together, widths=widths)
 
 
 @dataclass
@@ -139,6 +150,7 @@ def _empty(shape: RowShape, responses: int) -> PackedRows:
         micro_BJ=full(pairs, -1),
         ends_BJ=full(pairs, 0),
         first_BJ=full(pairs, 0),
+        fits_AW=full((shape.micro_batches, shape.widths), 1, np.bool_),
         used=full((), 0),
         total=full((), 0, np.float32),
     )
@@ -200,6 +212,8 @@ def pack(
         seen: dict[tuple[int, ...], int] = {}
         rows.first_BJ[group] = [seen.setdefault(tuple(answer), index) for index, answer in enumerate(answers)]
     total = sum(len(answer) for answers in responses for answer in answers)
+    widest_A = (rows.cells.segments_ML >= 0).sum(axis=-1).max(axis=-1)
+    rows.fits_AW[...] = widest_A[:, None] <= np.array(row_widths(shape.length, shape.widths))
     rows.used[...] = len(micro_batches)
     rows.total[...] = total
     return rows

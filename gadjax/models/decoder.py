@@ -253,8 +253,7 @@ class Trunk(nnx.Module):
             x, memory = nnx.merge(structure, weights)(x, angles, attend, memory)
             return _between_layers(x), memory
 
-        if self.rematerialise:
-            layer = jax.checkpoint(layer)
+        layer = jax.checkpoint(layer, policy=None if self.rematerialise else _worth_keeping)
         x, memory = jax.lax.scan(layer, x, (layers, memory), unroll=self.config.layers <= UNROLLED_LAYERS)
         return rms_norm(x, self.norm[...], self.config.norm_epsilon), memory
 
@@ -280,6 +279,14 @@ class Trunk(nnx.Module):
             return rms_norm(x, self.norm[...], self.config.norm_epsilon), remembered
 
         return run
+
+
+def _worth_keeping(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether a gradient keeps what an operation gave, rather than computing it again.
+
+    Products with weights and the attention kernel are dear. All else is cheap, and memory traffic is not.
+    """
+    return primitive.name == "pallas_call" or (primitive.name == "dot_general" and not params["dimension_numbers"][1][0])
 
 
 def _between_layers(x: jax.Array) -> jax.Array:

@@ -51,7 +51,8 @@ def rows_of(programs: Programs, shape: RowShape, responses: int) -> PackedRows:
     sizes, pairs = (shape.micro_batches, shape.rows, shape.length), (shape.groups, responses)
     cells = [array(sizes, jnp.float32 if name == "logps_ML" else jnp.int32, None, "rows", None) for name in Cells._fields]
     of_groups = [array(pairs, jnp.int32, None, None) for _ in range(3)]
-    return PackedRows(Cells(*cells), *of_groups, used=array((), jnp.int32), total=array((), jnp.float32))
+    fits = array((shape.micro_batches, shape.widths), jnp.bool_, None, None)
+    return PackedRows(Cells(*cells), *of_groups, fits_AW=fits, used=array((), jnp.int32), total=array((), jnp.float32))
 
 
 def bytes_on_chip(tree: Any) -> float:
