@@ -19,6 +19,7 @@ TOPOLOGIES = {  # the smallest that is meant to do
     "qwen2.5-7b": "v6e:4x4",
     "llama-3.1-8b": "v6e:4x4",
     "qwen2.5-14b": "v5p:2x2x4",
+    "qwen2.5-7b-adapters": "v5e:4x4",
 }
 
 
