@@ -187,7 +187,7 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
     """
     total, stage_config = session.total_steps(name), session.run.config.stages[name]
     with Checkpoints(session.run.checkpoints(name)) as checkpoints:
-        done = agreed(checkpoints.latest or 0)
+        done = agreed(checkpoints.whole() or 0)
         if done == total:
             return
         stage = open_stage(session, name)
