@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from gadjax.errors import UserError
+from gadjax.stopping import ends_in_time
 
 COMMANDS = {  # command -> "module:function"
     "run": "gadjax.run:run",
@@ -314,7 +315,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        status = app(arguments, prog_name="gadjax", standalone_mode=False) or 0
+        with ends_in_time():
+            status = app(arguments, prog_name="gadjax", standalone_mode=False) or 0
     except UserError as mistake:
         status = _fail(str(mistake))
     except typer.TyperException as mistake:  # the command line itself

@@ -7,8 +7,8 @@ rows of the student's responses -> student (update). A stage without a discrimin
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -21,18 +21,22 @@ from gadjax.data.packing import pack
 from gadjax.data.pipeline import batches
 from gadjax.errors import UserError
 from gadjax.health import Watch
+from gadjax.lineage import check_lineage, lineage
 from gadjax.metrics import FILE, MetricsLog, read
 from gadjax.origins import check_base
 from gadjax.records import TokenGroup
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first, put, replicated
 from gadjax.steps import Programs, responses_of
+from gadjax.stopping import finishing
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
 from gadjax.validation import Validator
 
 Floats = dict[str, float]
 Write = Callable[[int, Floats], None]
+TRAINED = ("student/", "discriminator/", "rollout/logp_gap")  # what must be finite in every step
+SKIPS = 10  # steps in a row that may be skipped
 
 
 class Stopwatch:
@@ -93,6 +97,8 @@ class Stage:
         state: both models; changed by every step.
         key: of the rollouts.
         balancer: what is regulated from step to step.
+        unseen: metrics of a finished step which the balancer is to see when the next one has begun; it never knows of that one.
+        skipped: how many steps in a row have updated nothing, because something in them was not finite.
         last: the step that was started last.
     """
 
@@ -103,6 +109,8 @@ class Stage:
     state: TrainState
     key: jax.Array
     balancer: Balancer
+    unseen: Floats = field(default_factory=dict)
+    skipped: int = 0
     last: Pending | None = None
 
     def step(self, index: int, groups: Sequence[TokenGroup]) -> Pending:
@@ -149,6 +157,43 @@ class Stage:
         self.state = self.state._replace(discriminator=discriminator)
         return scores, metrics
 
+    def checked(self, step: int, metrics: Floats) -> Floats:
+        """The metrics of a step. Where something is not finite, and the config says so, it is counted that nothing was updated.
+
+        Raises:
+            UserError: something is not finite, and the run is to stop for it.
+        """
+        wrong = not_finite(metrics)
+        validated = any(name.startswith("validation/") for name in wrong)  # then the models themselves are broken
+        if self.session.run.config.run.nonfinite == "stop" or validated or self.skipped >= SKIPS:
+            return refuse_nan(self.name, step, metrics)
+        self.skipped = self.skipped + 1 if wrong else 0
+        if wrong:
+            say(f"{self.name}: step {step} is skipped: {', '.join(wrong)} not finite")
+        return metrics | {f"{role}/skipped": 1.0 for role in ("student", "discriminator") if f"{role}/grad_norm" in wrong}
+
+    def sound_state(self, step: int) -> TrainState:
+        """The state, to be kept.
+
+        Raises:
+            UserError: something in it is not finite.
+        """
+        if not self.programs.finite(self.state):
+            mend = "lower the learning rate; the same command goes on from the checkpoint before"
+            raise UserError(f"stages.{self.name}", f"parameters are not finite after step {step}", mend)
+        return self.state
+
+    def kept(self, data: Any) -> dict[str, Any]:
+        """What a checkpoint holds beside the models, for JSON: all that the steps to come depend on."""
+        return {
+            "data": data.get_state(),
+            "key": np.asarray(jax.random.key_data(self.key)).tolist(),
+            "balance": self.balancer.state,
+            "unseen": self.unseen,
+            "lineage": lineage(self.session, self.name),
+            "base": self.session.models.mark,
+        }
+
     def _lengths(self, teacher: Sequence[Sequence[Any]], sampled: Sequence[Sequence[Any]]) -> jax.Array | None:
         if not sampled:
             return None
@@ -190,17 +235,19 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
         done = agreed(checkpoints.whole() or 0)
         if done == total:
             return
+        if done:
+            kept = checkpoints.restore_host(done)
+            check_lineage(session, name, kept["lineage"])
         stage = open_stage(session, name)
         data = iter(batches(session.snapshot.train, stage_config.batch_groups, session.run.config.run.seed))
         if done:
             say(f"{name}: goes on after step {done}")
             abstract = session.models.abstract_state(stage.state.discriminator is not None)
-            stage.state, host = checkpoints.restore(done, abstract)
-            session.snapshot.check_origin(host["snapshot"], session.run.checkpoints(name))
-            check_base(session.models, host, str(session.run.checkpoints(name)))
-            data.set_state(host["data"])
-            stage.balancer.state = host["balance"]
-            stage.key = session.models.place_key(np.array(host["key"]))
+            stage.state, kept = checkpoints.restore(done, abstract)
+            check_base(session.models, kept, str(session.run.checkpoints(name)))
+            data.set_state(kept["data"])
+            stage.balancer.state, stage.unseen = kept["balance"], kept["unseen"]
+            stage.key = session.models.place_key(np.array(kept["key"]))
         with ExitStack() as stack:
             log = MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) if is_first() else None
             write = stack.enter_context(log).write if log else _nowhere
@@ -215,15 +262,12 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
     config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
     doctor = Watch(stage.name, read(stage.session.run.stage(stage.name) / FILE))
     if not done:
-        first = validate(stage.state)
-        write(0, first)
-        if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
-            say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
-    with track(stage.name, total, done) as advance:
+        _write_first(stage, validate(stage.state), write)
+    with track(stage.name, total, done) as advance, _stoppable() as stopping:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
-            metrics = refuse_nan(stage.name, step, pending.fetch() | more)
-            stage.balancer.see(metrics)
+            metrics = stage.checked(step, pending.fetch() | more)
+            stage.unseen = metrics
             write(step, metrics)
             advance(step, summary(metrics))
             for news in doctor.see({"step": step} | metrics):
@@ -238,30 +282,47 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
                 pending = stage.step(index, groups)
             if late is not None:
                 finish(index, late, {})  # of the step before, while the device works on this one
+            stage.balancer.see(stage.unseen)
             late = pending
             validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
-            if validates or saves:
+            stops = stopping()
+            if validates or saves or stops:
                 finish(step, pending, validate(stage.state) if validates else {})
                 late = None
-            if saves:
-                key = np.asarray(jax.random.key_data(stage.key)).tolist()
-                host = {"data": data.get_state(), "key": key, "snapshot": stage.session.snapshot.digest, "balance": stage.balancer.state}
-                host["base"] = stage.session.models.mark
+            if saves or stops:
                 stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
-                checkpoints.save(step, stage.state, host)
+                checkpoints.save(step, stage.sound_state(step), stage.kept(data))
+            if stops:
+                say(f"{stage.name}: asked to stop; the checkpoint after step {step} is written")
+                return
+
+
+def _write_first(stage: Stage, first: Floats, write: Write) -> None:
+    write(0, first)
+    if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
+        say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
+
+
+def _stoppable() -> AbstractContextManager[Callable[[], bool]]:
+    """Tells whether to save and end. Of several processes none can save alone: these end at once, and go on from the last checkpoint."""
+    return finishing() if jax.process_count() == 1 else nullcontext(lambda: False)
 
 
 def refuse_nan(stage: str, step: int, metrics: Floats) -> Floats:
     """The metrics of a step as they are.
 
     Raises:
-        UserError: a loss or a gradient is not finite; what was trained since the last checkpoint is worth nothing.
+        UserError: one is not finite; what was trained since the last checkpoint is worth nothing.
     """
-    for name, value in metrics.items():
-        if name.endswith(("/loss", "/grad_norm")) and not math.isfinite(value):
-            mend = "lower the learning rate; the same command goes on from the checkpoint before"
-            raise UserError(f"stages.{stage}", f"{name} is {value} in step {step}", mend)
+    if name := next(iter(not_finite(metrics)), None):
+        mend = "lower the learning rate; the same command goes on from the checkpoint before"
+        raise UserError(f"stages.{stage}", f"{name} is {metrics[name]} in step {step}", mend)
     return metrics
+
+
+def not_finite(metrics: Floats) -> list[str]:
+    """The names of losses, gradients, scores, rewards and log-probabilities that are NaN or infinite."""
+    return [name for name, value in metrics.items() if not math.isfinite(value) and (name.endswith("/loss") or name.startswith(TRAINED))]
 
 
 def summary(metrics: Floats) -> str:

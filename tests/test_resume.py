@@ -53,19 +53,19 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiny.Tiny, dict[s
     for stage, step, number in (
         ("warmup", 5, signal.SIGKILL),
         ("gad", 3, signal.SIGINT),
-        ("gad", 5, signal.SIGTERM),
-        ("gad", 6, signal.SIGKILL),
+        ("gad", 3, signal.SIGTERM),
+        ("gad", 5, signal.SIGKILL),
     ):
         done = experiment.gadjax(f"{stage}:{step}:{number}", "run", "tiny.yaml", program=STOPPED)
         assert done.returncode == STATUS[number], done.stderr
         assert read(experiment.run / "stages" / stage / "metrics.jsonl")[-1]["step"] == step
-        said[f"{stage} {step}"] = done.stderr
+        said[f"{stage} {step} {number.name}"] = done.stderr
     last = experiment.gadjax("run", "tiny.yaml")
     assert last.returncode == 0, last.stderr
     return experiment, said | {"last": last.stderr}
 
 
-@pytest.mark.parametrize("stopped", ["gad 3", "gad 5"], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("stopped", ["gad 3 SIGINT", "gad 3 SIGTERM"], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interruption_is_told_in_one_line(resumed: tuple[tiny.Tiny, dict[str, str]], stopped: str):
     said = resumed[1][stopped]
     assert said.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
@@ -76,8 +76,10 @@ def test_stages_go_on_from_their_last_checkpoint(resumed: tuple[tiny.Tiny, dict[
     _, *began = (re.findall(r"^(\w+): goes on after step (\d)", said, re.M) for said in resumed[1].values())
     # The checkpoint after step 4 was being written when it was killed in step 5: it may be whole or not there.
     assert began[0][0] in [("warmup", "2"), ("warmup", "4")]
-    # Ctrl-C and SIGTERM wait for the checkpoint.
-    assert began[1:] == [[("gad", "2")], [("gad", "4")], [("gad", "4")]]
+    # Ctrl-C waits for the checkpoint that is being written; SIGTERM for that of the step in which it comes, the third.
+    assert began[1:3] == [[("gad", "2")], [("gad", "3")]]
+    assert "gad: asked to stop; the checkpoint after step 3 is written" in resumed[1]["gad 3 SIGTERM"]
+    assert began[3] in [[("gad", "3")], [("gad", "4")]]
     last = resumed[1]["last"]
     assert "collect: 48/48" in last and "WARNING" not in "".join(resumed[1].values())
     assert not re.search(r"^(seqkd|warmup): \d/", last, re.M)  # finished stages are left alone
