@@ -126,7 +126,7 @@ def arm_iterator() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._inner, name)
 
-    train.batches = lambda *arguments: Once(iter(plain(*arguments)))  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(train, "batches", lambda *arguments: Once(iter(plain(*arguments))))  # noqa: B010
 
 
 def record(kind: str, stage: str, step: int, value: Any) -> None:
@@ -137,11 +137,12 @@ def record(kind: str, stage: str, step: int, value: Any) -> None:
 
 def keep_records() -> None:
     """Lets this process write down the sampled ids, scores and metrics of every step that it does, one way or the other."""
-    at: list[Any] = ["", 0]
+    at = ("", 0)
     step, judge, ids, write = train.Stage.step, train.Stage._judge, train.responses_of, MetricsLog.write
 
     def kept_step(stage: train.Stage, index: int, groups: Any) -> Any:
-        at[:] = [stage.name, index + 1]
+        nonlocal at
+        at = (stage.name, index + 1)
         return step(stage, index, groups)
 
     def kept_judge(stage: train.Stage, rows: Any) -> Any:
@@ -160,8 +161,13 @@ def keep_records() -> None:
         record("metrics", Path(log._file.name).parent.name, number, same)
         write(log, number, metrics)
 
-    train.Stage.step, train.Stage._judge = kept_step, kept_judge
-    train.responses_of, MetricsLog.write = kept_ids, kept_write  # pyright: ignore[reportAttributeAccessIssue]
+    for owner, name, kept in (
+        (train.Stage, "step", kept_step),
+        (train.Stage, "_judge", kept_judge),
+        (train, "responses_of", kept_ids),
+        (MetricsLog, "write", kept_write),
+    ):
+        setattr(owner, name, kept)
 
 
 def call(folder: Path, prepare: Callable[[], object], seconds: float | None = None) -> tuple[int, float]:
