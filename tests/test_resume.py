@@ -53,19 +53,20 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiny.Tiny, dict[s
     for stage, step, number in (
         ("warmup", 5, signal.SIGKILL),
         ("gad", 3, signal.SIGINT),
-        ("gad", 3, signal.SIGTERM),
-        ("gad", 5, signal.SIGKILL),
+        ("gad", 4, signal.SIGTERM),
+        ("gad", 6, signal.SIGKILL),
     ):
         done = experiment.gadjax(f"{stage}:{step}:{number}", "run", "tiny.yaml", program=STOPPED)
         assert done.returncode == STATUS[number], done.stderr
-        assert read(experiment.run / "stages" / stage / "metrics.jsonl")[-1]["step"] == step
+        last = step + 1 if number == signal.SIGTERM else step  # SIGTERM comes when a step is written, and the next one is begun and saved
+        assert read(experiment.run / "stages" / stage / "metrics.jsonl")[-1]["step"] == last
         said[f"{stage} {step} {number.name}"] = done.stderr
     last = experiment.gadjax("run", "tiny.yaml")
     assert last.returncode == 0, last.stderr
     return experiment, said | {"last": last.stderr}
 
 
-@pytest.mark.parametrize("stopped", ["gad 3 SIGINT", "gad 3 SIGTERM"], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("stopped", ["gad 3 SIGINT", "gad 4 SIGTERM"], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interruption_is_told_in_one_line(resumed: tuple[tiny.Tiny, dict[str, str]], stopped: str):
     said = resumed[1][stopped]
     assert said.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
@@ -76,10 +77,9 @@ def test_stages_go_on_from_their_last_checkpoint(resumed: tuple[tiny.Tiny, dict[
     _, *began = (re.findall(r"^(\w+): goes on after step (\d)", said, re.M) for said in resumed[1].values())
     # The checkpoint after step 4 was being written when it was killed in step 5: it may be whole or not there.
     assert began[0][0] in [("warmup", "2"), ("warmup", "4")]
-    # Ctrl-C waits for the checkpoint that is being written; SIGTERM for that of the step in which it comes, the third.
-    assert began[1:3] == [[("gad", "2")], [("gad", "3")]]
-    assert "gad: asked to stop; the checkpoint after step 3 is written" in resumed[1]["gad 3 SIGTERM"]
-    assert began[3] in [[("gad", "3")], [("gad", "4")]]
+    # Ctrl-C waits for the checkpoint that is being written; SIGTERM makes one, of a step that has none otherwise.
+    assert began[1:] == [[("gad", "2")], [("gad", "5")], [("gad", "5")]]
+    assert "gad: asked to stop; the checkpoint after step 5 is written" in resumed[1]["gad 4 SIGTERM"]
     last = resumed[1]["last"]
     assert "collect: 48/48" in last and "WARNING" not in "".join(resumed[1].values())
     assert not re.search(r"^(seqkd|warmup): \d/", last, re.M)  # finished stages are left alone
@@ -120,7 +120,7 @@ def test_nothing_half_written_is_left(resumed: tuple[tiny.Tiny, dict[str, str]])
     run = resumed[0].run
     assert [path.name for path in run.rglob("*") if "tmp" in path.name or "partial" in path.name] == []
     kept = {stage: sorted(path.name for path in (run / "stages" / stage / "checkpoints").iterdir()) for stage in tiny.STEPS}
-    assert kept == {"seqkd": ["3"], "warmup": ["4", "6"], "gad": ["4", "6"]}
+    assert kept == {"seqkd": ["3"], "warmup": ["4", "6"], "gad": ["5", "6"]}
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
