@@ -1,30 +1,32 @@
-"""Checkpoints of a stage: all of the state in one Orbax transaction.
+"""Checkpoints of a stage: all of the state in one Orbax transaction, sealed.
 
-Each holds the student with its optimizer, the discriminator with its own where the stage has one, and on the host side the
-random key and the state of the data iterator. Writing goes on in the background while training continues.
+Each holds the student with its optimizer, the discriminator with its own where the stage has one, and on the host side a JSON object:
+the random key, the state of the data iterator and of the balance, and what the stage was trained with (`gadjax.train`). Writing goes on
+in the background while training continues.
 
-Orbax does not see that a bit of an array has flipped on the disk. So every checkpoint is committed with the SHA-256 of its
-files, and what is restored is verified first. An object store keeps a checksum of every object itself, which is committed instead:
-nothing is read back for it.
+Orbax does not see that a bit of an array has flipped on the disk. So every checkpoint is sealed (`gadjax.seals`) as soon as it is
+committed, in the background too, by each process for the files that it wrote; what is not sealed was never there, and what is restored
+is compared with its seal first. A checkpoint that is not as it was sealed is set aside and the one before is used.
 """
 
-import hashlib
-import json
+import threading
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from contextlib import suppress
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from fsspec.core import url_to_fs
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from gadjax.errors import UserError
-from gadjax.files import flush, replace_file
+from gadjax.seals import damage, identity, is_remote, is_sealed, seal
+from gadjax.sharding import is_first, least, wait_for_all
+from gadjax.terminal import say
 from gadjax.types import Role, TrainState
 
 KEEP = 2  # of the newest ones, at least; the one before the last serves where the last is damaged
-MANIFEST = "sha256.json"
+UNSEALED = "unsealed"  # a file that names the step that is being written
 HOST = "host"
 
 
@@ -42,39 +44,98 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, *, read_only: bool = False, keep: int | None = KEEP):
         self.best = 0
-        self._folder = epath.Path(folder) if _is_remote(folder) else epath.Path(folder).absolute()
-        self._written = 0  # the step that is being written
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self)]),
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,  # of a process that was killed
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._folder = epath.Path(folder) if is_remote(folder) else epath.Path(folder).absolute()
+        self._read_only, self._keep = read_only, keep
+        self._verified: set[int] = set()
+        self._sealing: _Sealing | None = None
+        self._failed = False
+        if not read_only:
+            self._clear_unsealed()
+            wait_for_all()
+        self._manager = self._opened()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:  # else what came first is told
+                raise
+        finally:
+            with suppress(Exception):  # what failed is told already
+                self._manager.close()
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step: the number of steps that it has behind it."""
-        return self._manager.latest_step()
+        """The newest sealed checkpoint's step: the number of steps that it has behind it."""
+        return max(self.steps, default=None)
+
+    def whole(self) -> int | None:
+        """The newest checkpoint that is as it was sealed, or None where there is none at all; damaged ones are set aside, loudly.
+
+        All processes read for this, each its share.
+
+        Raises:
+            UserError: all are damaged.
+        """
+        steps, told = sorted(self._manager.all_steps(), reverse=True), list[str]()
+        for step in steps:
+            wrong = self._damage(step)
+            if wrong is None:
+                self._set_aside(steps[: steps.index(step)], told)
+                return step
+            told.append(" ".join(wrong))
+        if told:
+            mend = "bring it back, or delete the folder to begin the stage anew"
+            raise UserError(str(self._folder), f"no checkpoint is whole ({'; '.join(told)})", mend)
+        return None
 
     @property
     def steps(self) -> list[int]:
-        """The steps of all whole checkpoints, in their order."""
-        return sorted(self._manager.all_steps())
+        """The steps of all sealed checkpoints, in their order."""
+        return sorted(step for step in self._manager.all_steps() if is_sealed(self._folder / str(step)))
 
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
-        """Begins to write the state after `step` steps; waits for an earlier write first."""
-        self._manager.wait_until_finished()
-        self._written = step
+        """Begins to write the state after `step` steps; waits for an earlier write first.
+
+        A write that fails in the background is told, and this one takes its place; a second one in a row ends the run.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            self.wait()
+        except UserError as error:
+            if self._failed:
+                raise
+            self._failed = True
+            say(f"WARNING: {error}; the run goes on, and the checkpoint after step {step} is tried")
         items = {name: ocp.args.StandardSave(role) for name, role in state._asdict().items() if role is not None}
-        self._manager.save(step, args=ocp.args.Composite(**items, **{HOST: ocp.args.JsonSave(host)}))
+        try:
+            if is_first():
+                (self._folder / UNSEALED).write_text(str(step))
+            self._manager.save(step, args=ocp.args.Composite(**items, **{HOST: ocp.args.JsonSave(host)}))
+        except Exception as error:
+            self._rebuild()
+            raise self._not_written(error) from error
+        self._sealing = _Sealing(self._manager, self._folder, step)
+
+    def wait(self) -> None:
+        """Waits until what is being written is sealed.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        sealing, self._sealing = self._sealing, None
+        if sealing is None:
+            return
+        sealing.thread.join()
+        if sealing.error is not None:
+            self._rebuild()
+            raise self._not_written(sealing.error) from sealing.error
+        self._failed = False
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state after `step` steps, laid out as the shardings in `abstract` say.
@@ -95,35 +156,91 @@ class Checkpoints:
         return self._restore(step, name, ocp.args.StandardRestore(abstract))
 
     def _restore(self, step: int, name: str, arguments: Any) -> Any:
-        self._verify(step, name)
+        if wrong := self._damage(step):
+            raise UserError(*wrong, "run `gadjax train` again: the stage goes on from the checkpoint before")
         return self._manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
 
-    def _seal(self) -> None:
-        """Writes the manifest. Orbax calls this when all else is written, before the folder gets its final name."""
-        beside = [*self._folder.glob(f"{self._written}.orbax-checkpoint-tmp*")]
-        folder = beside[0] if beside else self._folder / str(self._written)  # a store cannot rename: a last file says that all is whole
-        digests = _digests(folder)
-        if _is_remote(folder):
-            (folder / MANIFEST).write_text(json.dumps(digests, indent=1))
-            return
-        for file in digests:
-            flush(Path(folder / file))
-        replace_file(Path(folder / MANIFEST), json.dumps(digests, indent=1))
-
-    def _verify(self, step: int, name: str) -> None:
-        """Refuses a checkpoint of which a file of item `name` is missing or changed."""
+    def _damage(self, step: int) -> tuple[str, str] | None:
+        """The first file of a checkpoint with which something is wrong, and what."""
+        if step in self._verified:
+            return None
         folder = self._folder / str(step)
-        mend = "delete this folder and run the same command again: the stage goes on from the checkpoint before"
+        wrong = next(damage(folder, _place(folder), jax.process_index(), jax.process_count()), None)
+        if least(0 if wrong else 1) == 1:
+            self._verified.add(step)
+            return None
+        return (f"{folder}/{wrong[0]}", wrong[1]) if wrong else (str(folder), "is damaged, as another process has found")
+
+    def _set_aside(self, steps: list[int], told: list[str]) -> None:
+        """Gives damaged checkpoints another name, in which nothing takes them for checkpoints."""
+        if not steps or self._read_only:
+            return
+        if is_first():
+            for step, wrong in zip(steps, told, strict=True):
+                number = sum(1 for _ in self._folder.glob(f"{step}.damaged*"))
+                aside = self._folder / f"{step}.damaged-{number + 1}"
+                (self._folder / str(step)).rename(aside)
+                say(f"WARNING: {wrong}; it is set aside as {aside.name}, and the checkpoint before it is used")
+        wait_for_all()
+        self._rebuild()
+
+    def _opened(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), _Best(self)]),
+            create=not self._read_only,
+            cleanup_tmp_directories=not self._read_only,  # of a process that was killed
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def _rebuild(self) -> None:
+        """A manager that knows what lies in the folder now: after a failure the old one counts what is not there."""
+        with suppress(Exception):  # the failure, which is told already
+            self._manager.close()
+        self._clear_unsealed()
+        self._manager = self._opened()
+
+    def _clear_unsealed(self) -> None:
+        """Removes what a process that was killed had written and not sealed."""
+        mark = self._folder / UNSEALED
+        if is_first() and mark.exists():
+            left = self._folder / mark.read_text()
+            if left.name.isdigit() and left.exists() and not is_sealed(left):
+                left.rmtree()
+            mark.unlink()
+
+    def _not_written(self, error: BaseException) -> UserError:
+        mend = "see to room and rights there; the same command goes on from the checkpoint before"
+        return UserError(str(self._folder), f"the checkpoint cannot be written ({type(error).__name__}: {error})", mend)
+
+
+class _Sealing:
+    """A thread that waits until a checkpoint is committed, on all processes, and seals the files of this one.
+
+    Attributes:
+        thread: is over when the checkpoint is sealed or has failed.
+        error: why it has failed.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager, folder: epath.Path, step: int):
+        self.error: BaseException | None = None
+        self._manager, self._folder, self._step = manager, folder, step
+        self.thread = threading.Thread(target=self._run, name="seal")
+        self.thread.start()
+
+    def _run(self) -> None:
+        folder = self._folder / str(self._step)
         try:
-            manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            found = _digests(folder / name)
-            changed = [
-                file for file, digest in manifest.items() if file.startswith(f"{name}/") and found.get(file[len(name) + 1 :]) != digest
-            ]
-        except (OSError, ValueError) as error:
-            raise UserError(str(folder), f"is not whole ({error})", mend) from error
-        if changed:
-            raise UserError(str(folder), f"{changed[0]} is missing or was changed after it was written", mend)
+            self._manager.wait_until_finished()
+            seal(folder, _place(folder), jax.process_index(), jax.process_count())
+            if is_first():
+                (self._folder / UNSEALED).unlink()
+        except BaseException as error:
+            self.error = error
+
+
+def _place(folder: epath.Path) -> str:
+    """What a checkpoint is of: its stage and step."""
+    return "/".join((folder.parent.parent.name, folder.name))
 
 
 class _Best(policies.PreservationPolicy):
@@ -137,22 +254,5 @@ class _Best(policies.PreservationPolicy):
 
 
 def checkpoint_digest(folder: epath.Path, step: int) -> str | None:
-    """What names the content of a checkpoint: the SHA-256 of its manifest, or None where there is no such checkpoint."""
-    manifest = folder / str(step) / MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
-
-
-def _is_remote(path: epath.PathLike) -> bool:
-    return "://" in str(path)
-
-
-def _digests(folder: epath.Path) -> dict[str, str]:
-    """What names the content of every file below a folder: its SHA-256, or the checksum that the store keeps of it."""
-    files, root = url_to_fs(str(folder))
-    found: dict[str, dict[str, Any]] = files.find(root, detail=True)
-    return {str(PurePosixPath(path).relative_to(root)): info.get("crc32c") or _sha256(path) for path, info in sorted(found.items())}
-
-
-def _sha256(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """What names the content of a checkpoint, or None where there is no such checkpoint."""
+    return identity(folder / str(step))

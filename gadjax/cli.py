@@ -6,9 +6,11 @@ Exit status: 0 done; 2 a mistake of the user, told in one line; 130 interrupted 
 traceback.
 """
 
+import errno
 import os
 import pkgutil
 import signal
+import sqlite3
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from gadjax.errors import UserError
+from gadjax.stopping import ends_in_time
 
 COMMANDS = {  # command -> "module:function"
     "run": "gadjax.run:run",
@@ -40,6 +43,7 @@ COMMANDS = {  # command -> "module:function"
 # The TPU's compiler without a TPU: nobody is asked what machine this is, and several processes may compile.
 COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LIBRARY_LOG_LEVEL": "3"}
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells count
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -320,9 +324,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        status = app(arguments, prog_name="gadjax", standalone_mode=False) or 0
+        with ends_in_time():
+            status = app(arguments, prog_name="gadjax", standalone_mode=False) or 0
     except UserError as mistake:
         status = _fail(str(mistake))
+    except (OSError, sqlite3.OperationalError) as error:
+        if not no_room(error):
+            raise
+        status = _fail(f"{error}; make room there, or choose another run.folder: the same command goes on")
     except typer.TyperException as mistake:  # the command line itself
         status = _fail(f"{mistake.format_message()} (gadjax --help tells more)")
     finally:
@@ -331,6 +340,13 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         status = TERMINATED if terminated else INTERRUPTED
     sys.exit(status)
+
+
+def no_room(error: OSError | sqlite3.Error) -> bool:
+    """Whether the disk is full or may not be written to, which is not our fault."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    return error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
 
 
 def _fail(message: str) -> int:

@@ -39,12 +39,14 @@ class RunConfig(Section):
         folder: holds the runs.
         bucket: `gs://bucket/folder` (or a folder that outlives the machine): checkpoints are written there, and the rest is copied there.
         seed: of everything random.
+        nonfinite: what NaN or infinity in a step does: `stop`, or `skip` its updates and go on, but not more than ten times in a row.
     """
 
     name: str = "quickstart"
     folder: str = "runs"
     bucket: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
+    nonfinite: Literal["stop", "skip"] = "stop"
 
     @field_validator("name")
     @classmethod

@@ -80,11 +80,19 @@ def restart_schedule(state: optax.OptState) -> optax.OptState:
     return jax.tree.map(restart, state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
 
 
-def update(optimizer: optax.GradientTransformation, role: Role, grads: Params, rate: jax.Array | None = None) -> tuple[Role, jax.Array]:
-    """One optimizer step, `rate` times as long where there is one. Returns the new role and the gradients' global norm before clipping."""
+def update(
+    optimizer: optax.GradientTransformation, role: Role, grads: Params, rate: jax.Array | None = None, loss: jax.Array | None = None
+) -> tuple[Role, jax.Array]:
+    """One optimizer step, `rate` times as long where there is one. Returns the new role and the gradients' global norm before clipping.
+
+    Where that norm, or the `loss`, is not finite the role stays as it is and the norm is NaN.
+    """
     # optax mixes dtypes inside (counts and float32 moments), which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         updates, state = optimizer.update(grads, role.optimizer, role.params)
         updates = updates if rate is None else jax.tree.map(lambda update: rate * update, updates)
         params: Any = optax.apply_updates(role.params, updates)
-        return Role(params, state), optax.tree.norm(grads)
+        norm = optax.tree.norm(grads)
+        sound = jnp.isfinite(norm if loss is None else norm + loss)
+        role = jax.tree.map(lambda new, old: jnp.where(sound, new, old), Role(params, state), role)
+        return role, jnp.where(sound, norm, jnp.nan)

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import jax
 import yaml
@@ -36,6 +37,7 @@ _MAY_CHANGE = (
     *(
         "run.folder",
         "run.name",
+        "run.nonfinite",
         "mesh",
         "rollout",
         "student.rematerialise",
@@ -239,14 +241,28 @@ class Run:
         kept = self.folder / CONFIG
         if not kept.exists() or not self.begun():
             return
-        before = parse_yaml(kept.read_text(encoding="utf-8"), str(kept))
-        for field, old, new in _differences("", before, yaml.safe_load(dump_config(self.config))):
-            section, _, rest = field.partition(".")
-            waits = section == "stages" and not self.begun(rest.split(".")[0])
-            known = re.sub(r"^teachers\.[^.]+\.", "teacher.", field)
-            if not waits and not any(f"{known}.".startswith(f"{free}.") for free in _MAY_CHANGE):
-                what = f"was made with {field} = {old!r}, the config says {new!r}"
-                raise UserError(str(self.folder), what, "undo the change or choose another run.name")
+        before, now = parse_yaml(kept.read_text(encoding="utf-8"), str(kept)), yaml.safe_load(dump_config(self.config))
+        waiting = {name for name in (before.get("stages") or {}) | now["stages"] if not self.begun(name)}
+        refuse_changes(before, now, self.folder, tuple(f"stages.{name}" for name in waiting))
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: PurePath, free: tuple[str, ...] = ()) -> None:
+    """Refuses another config, or other sections of one, than `where` was made with, but for fields that touch no results.
+
+    Args:
+        before: the config that it was made with.
+        now: the one there is now.
+        where: what was made.
+        free: further fields that may change.
+
+    Raises:
+        UserError: names the field.
+    """
+    for field, old, new in _differences("", before, now):
+        known = re.sub(r"^teachers\.[^.]+\.", "teacher.", field)
+        if not any(f"{known}.".startswith(f"{name}.") for name in (*_MAY_CHANGE, *free)):
+            what = f"was made with {field} = {old!r}, the config says {new!r}"
+            raise UserError(str(where), what, "undo the change or choose another run.name")
 
 
 @contextmanager

@@ -291,6 +291,11 @@ def agreed(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def least(value: int) -> int:
+    """The least of all processes' values, on all processes."""
+    return int(np.min(multihost_utils.process_allgather(np.int32(value))))
+
+
 def check_same(text: str, what: str) -> None:
     """Tells that processes were started on different things.
 

@@ -315,6 +315,15 @@ class Programs:
         return self.models.program(lambda _, judge: gad.make_score(judge), out_shardings=replicated(self.models.mesh))
 
     @cached_property
+    def finite(self) -> Callable[[TrainState], jax.Array]:
+        """(state) -> whether every number in it is finite."""
+
+        def finite(state: TrainState) -> jax.Array:
+            return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]))
+
+        return self.models.jit(finite, out_shardings=replicated(self.models.mesh))
+
+    @cached_property
     def teacher_loss(self) -> Program:
         """(student's parameters, rows) -> cross entropy in nats a token."""
         return self.models.program(lambda student, _: seqkd.make_loss(student), out_shardings=replicated(self.models.mesh))

@@ -7,8 +7,8 @@ rows of the student's responses -> student (update). A stage without a discrimin
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from gadjax.data.packing import pack
 from gadjax.data.pipeline import batches
 from gadjax.errors import UserError
 from gadjax.health import Watch
+from gadjax.lineage import check_lineage, lineage
 from gadjax.metrics import FILE, MetricsLog, read
 from gadjax.origins import check_base
 from gadjax.records import TokenGroup
@@ -28,12 +29,15 @@ from gadjax.selection import Selection
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first, put, replicated
 from gadjax.steps import Programs, responses_of
+from gadjax.stopping import finishing
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
 from gadjax.validation import Validator
 
 Floats = dict[str, float]
 Write = Callable[[int, Floats], None]
+TRAINED = ("student/", "discriminator/", "rollout/logp_gap")  # what must be finite in every step
+SKIPS = 10  # steps in a row that may be skipped
 
 
 class Stopwatch:
@@ -95,6 +99,8 @@ class Stage:
         key: of the rollouts.
         balancer: what is regulated from step to step.
         selection: the best step so far.
+        unseen: metrics of a finished step which the balancer is to see when the next one has begun; it never knows of that one.
+        skipped: how many steps in a row have updated nothing, because something in them was not finite.
         last: the step that was started last.
     """
 
@@ -106,6 +112,8 @@ class Stage:
     key: jax.Array
     balancer: Balancer
     selection: Selection
+    unseen: Floats = field(default_factory=dict)
+    skipped: int = 0
     last: Pending | None = None
 
     def step(self, index: int, groups: Sequence[TokenGroup]) -> Pending:
@@ -152,22 +160,49 @@ class Stage:
         self.state = self.state._replace(discriminator=discriminator)
         return scores, metrics
 
+    def checked(self, step: int, metrics: Floats) -> Floats:
+        """The metrics of a step. Where something is not finite, and the config says so, it is counted that nothing was updated.
+
+        Raises:
+            UserError: something is not finite, and the run is to stop for it.
+        """
+        wrong = not_finite(metrics)
+        validated = any(name.startswith("validation/") for name in wrong)  # then the models themselves are broken
+        if self.session.run.config.run.nonfinite == "stop" or validated or self.skipped >= SKIPS:
+            return refuse_nan(self.name, step, metrics)
+        self.skipped = self.skipped + 1 if wrong else 0
+        if wrong:
+            say(f"{self.name}: step {step} is skipped: {', '.join(wrong)} not finite")
+        return metrics | {f"{role}/skipped": 1.0 for role in ("student", "discriminator") if f"{role}/grad_norm" in wrong}
+
+    def sound_state(self, step: int) -> TrainState:
+        """The state, to be kept.
+
+        Raises:
+            UserError: something in it is not finite.
+        """
+        if not self.programs.finite(self.state):
+            mend = "lower the learning rate; the same command goes on from the checkpoint before"
+            raise UserError(f"stages.{self.name}", f"parameters are not finite after step {step}", mend)
+        return self.state
+
+    def kept(self, data: Any) -> dict[str, Any]:
+        """What a checkpoint holds beside the models, for JSON: all that the steps to come depend on."""
+        return {
+            "data": data.get_state(),
+            "key": np.asarray(jax.random.key_data(self.key)).tolist(),
+            "balance": self.balancer.state,
+            "selection": self.selection.state,
+            "unseen": self.unseen,
+            "lineage": lineage(self.session, self.name),
+            "base": self.session.models.mark,
+        }
+
     def _lengths(self, teacher: Sequence[Sequence[Any]], sampled: Sequence[Sequence[Any]]) -> jax.Array | None:
         if not sampled:
             return None
         lengths = [[len(one) for one in (*own, *others)] for own, others in zip(teacher, sampled, strict=True)]
         return self._everywhere(np.array(lengths, np.int32))
-
-    @property
-    def host(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the host's side, besides the state of the data."""
-        return {
-            "key": np.asarray(jax.random.key_data(self.key)).tolist(),
-            "snapshot": self.session.snapshot.digest,
-            "balance": self.balancer.state,
-            "selection": self.selection.state,
-            "base": self.session.models.mark,
-        }
 
     def _everywhere(self, value: Any) -> jax.Array:
         return put(value, replicated(self.session.models.mesh))
@@ -202,22 +237,23 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
     """
     total, stage_config = session.total_steps(name), session.run.config.stages[name]
     with Checkpoints(session.run.checkpoints(name), keep=stage_config.keep) as checkpoints:
-        done = agreed(checkpoints.latest or 0)
+        done = agreed(checkpoints.whole() or 0)
         if done == total or (done and stage_config.select and checkpoints.restore_host(done)["selection"]["stops"]):
             return
+        if done:
+            kept = checkpoints.restore_host(done)
+            check_lineage(session, name, kept["lineage"])
         stage = open_stage(session, name)
         data = iter(batches(session.snapshot.train, stage_config.batch_groups, session.run.config.run.seed))
         if done:
             say(f"{name}: goes on after step {done}")
             abstract = session.models.abstract_state(stage.state.discriminator is not None)
-            stage.state, host = checkpoints.restore(done, abstract)
-            session.snapshot.check_origin(host["snapshot"], session.run.checkpoints(name))
-            check_base(session.models, host, str(session.run.checkpoints(name)))
-            data.set_state(host["data"])
-            stage.balancer.state = host["balance"]
-            stage.selection.state = host["selection"]
+            stage.state, kept = checkpoints.restore(done, abstract)
+            check_base(session.models, kept, str(session.run.checkpoints(name)))
+            data.set_state(kept["data"])
+            stage.balancer.state, stage.unseen, stage.selection.state = kept["balance"], kept["unseen"], kept["selection"]
             checkpoints.best = stage.selection.best
-            stage.key = session.models.place_key(np.array(host["key"]))
+            stage.key = session.models.place_key(np.array(kept["key"]))
         with ExitStack() as stack:
             log = MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) if is_first() else None
             write = stack.enter_context(log).write if log else _nowhere
@@ -234,12 +270,12 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
     config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
     doctor = Watch(stage.name, read(stage.session.run.stage(stage.name) / FILE))
     if not done:
-        _begin(stage, validate, write)
-    with track(stage.name, total, done) as advance:
+        _begin(stage, validate(stage.state), write)
+    with track(stage.name, total, done) as advance, _stoppable() as stopping:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
-            metrics = refuse_nan(stage.name, step, pending.fetch() | more)
-            stage.balancer.see(metrics)
+            metrics = stage.checked(step, pending.fetch() | more)
+            stage.unseen = metrics
             write(step, metrics)
             advance(step, summary(metrics))
             for news in doctor.see({"step": step} | metrics):
@@ -255,48 +291,54 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
                 pending = stage.step(step - 1, groups)
             if late is not None:
                 finish(step - 1, late, {})  # of the step before, while the device works on this one
-            late = pending
-            validates, saves = _due(config, step, total)
-            if saves or validates:
+            stage.balancer.see(stage.unseen)
+            late, stops = pending, stopping()
+            validates, saves = _due(config, step, total, stops)
+            if validates or saves:
                 seen, late = validate(stage.state) if validates else {}, None
                 finish(step, pending, seen)
             if saves:
-                _save(stage, step, checkpoints, data.get_state())
-            if stage.selection.stops:
-                break
+                checkpoints.best = stage.selection.best
+                stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
+                checkpoints.save(step, stage.sound_state(step), stage.kept(data))
+            if stops or stage.selection.stops:
+                say(f"{stage.name}: {'asked to stop' if stops else 'ends early'}; the checkpoint after step {step} is written")
+                return
 
 
-def _save(stage: Stage, step: int, checkpoints: Checkpoints, data: Any) -> None:
-    checkpoints.best = stage.selection.best
-    stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
-    checkpoints.save(step, stage.state, stage.host | {"data": data})
-
-
-def _begin(stage: Stage, validate: Validator, write: Write) -> None:
+def _begin(stage: Stage, first: Floats, write: Write) -> None:
     """The validation before the first step."""
-    first = validate(stage.state)
     write(0, first)
     if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
         say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
 
 
-def _due(config: StageConfig, step: int, total: int) -> tuple[bool, bool]:
+def _due(config: StageConfig, step: int, total: int, stops: bool) -> tuple[bool, bool]:
     """Whether a step is validated, and whether it has a checkpoint: where the best is selected, every validation has one."""
     validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
-    return validates, saves or (validates and config.select is not None)
+    return validates, saves or stops or (validates and config.select is not None)
+
+
+def _stoppable() -> AbstractContextManager[Callable[[], bool]]:
+    """Tells whether to save and end. Of several processes none can save alone: these end at once, and go on from the last checkpoint."""
+    return finishing() if jax.process_count() == 1 else nullcontext(lambda: False)
 
 
 def refuse_nan(stage: str, step: int, metrics: Floats) -> Floats:
     """The metrics of a step as they are.
 
     Raises:
-        UserError: a loss or a gradient is not finite; what was trained since the last checkpoint is worth nothing.
+        UserError: one is not finite; what was trained since the last checkpoint is worth nothing.
     """
-    for name, value in metrics.items():
-        if name.endswith(("/loss", "/grad_norm")) and not math.isfinite(value):
-            mend = "lower the learning rate; the same command goes on from the checkpoint before"
-            raise UserError(f"stages.{stage}", f"{name} is {value} in step {step}", mend)
+    if name := next(iter(not_finite(metrics)), None):
+        mend = "lower the learning rate; the same command goes on from the checkpoint before"
+        raise UserError(f"stages.{stage}", f"{name} is {metrics[name]} in step {step}", mend)
     return metrics
+
+
+def not_finite(metrics: Floats) -> list[str]:
+    """The names of losses, gradients, scores, rewards and log-probabilities that are NaN or infinite."""
+    return [name for name, value in metrics.items() if not math.isfinite(value) and (name.endswith("/loss") or name.startswith(TRAINED))]
 
 
 def summary(metrics: Floats) -> str:

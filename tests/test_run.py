@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 
 from gadjax import cli, evaluate, runs, terminal
 from gadjax.answering import Answerer
-from gadjax.checkpointing import MANIFEST
 from gadjax.errors import UserError
 from gadjax.evaluation.answers import read_answers
 from gadjax.metrics import read
@@ -324,7 +323,7 @@ def test_a_stage_whose_checkpoint_is_another_one_is_measured_again(run: Path, tm
     asked = fake_answers(session, monkeypatch)
     evaluate.evaluate_stages(session)
     assert asked == []
-    manifest = tmp_path / "copy" / "stages" / "gad" / "checkpoints" / "6" / MANIFEST
+    manifest = tmp_path / "copy" / "stages" / "gad" / "checkpoints" / "6" / "sha256-0-of-1.json"
     manifest.write_text(manifest.read_text() + "\n")  # as after another training
     evaluate.evaluate_stages(session)
     assert asked == ["gad"]

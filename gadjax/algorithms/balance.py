@@ -7,6 +7,7 @@ Everything is chosen when a step is built (`advantages`, `rewards`) or outside o
     rate        of the discriminator: 1; above the band of accuracies 0 (skip), or falling to 0 (rate); below it the student waits
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -109,7 +110,7 @@ class Balancer:
     def see(self, metrics: Mapping[str, float]) -> None:
         """Takes a finished step into account."""
         for name in ("discriminator/accuracy", "student/reward_std"):
-            if name in metrics:
+            if math.isfinite(metrics.get(name, math.nan)):
                 before = self.state.get(name, metrics[name])
                 self.state[name] = DECAY * before + (1 - DECAY) * metrics[name]
 

@@ -108,8 +108,9 @@ def make_discriminator_step(
     def step(role: Role, rows: PackedRows, rate: jax.Array | None = None) -> tuple[Role, jax.Array, Metrics]:
         grads, raw_BJ = accumulate(loss, role.params, rows)
         scores_BJ = common_scores(raw_BJ, rows.first_BJ)
-        role, grad_norm = update(optimizer, role, grads, rate)
-        return role, scores_BJ, metrics_of(scores_BJ) | {"discriminator/grad_norm": grad_norm}
+        metrics = metrics_of(scores_BJ)
+        role, grad_norm = update(optimizer, role, grads, rate, metrics["discriminator/loss"])
+        return role, scores_BJ, metrics | {"discriminator/grad_norm": grad_norm}
 
     def frozen_step(role: Role, rows: PackedRows, rate: jax.Array | None = None) -> tuple[Role, jax.Array, Metrics]:
         del rate
@@ -164,7 +165,7 @@ def make_student_step(
         metrics: Metrics = {}
         for _ in range(updates):
             grads, metrics = accumulate(loss, role.params, rows)
-            role, grad_norm = update(optimizer, role, grads)
+            role, grad_norm = update(optimizer, role, grads, loss=metrics["student/loss"])
             gaps.append(metrics["rollout/logp_gap"])
             metrics = metrics | {"student/grad_norm": grad_norm, "rollout/logp_gap": gaps[0]}
         return role, metrics | reward_metrics(rewards_BN)

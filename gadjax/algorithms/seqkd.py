@@ -61,7 +61,7 @@ def make_student_step(network: Network, optimizer: optax.GradientTransformation)
     def step(role: Role, rows: PackedRows, guidance: Guidance) -> tuple[Role, Metrics]:
         del guidance
         grads, metrics = accumulate(lambda params, micro: _micro_loss(network, params, micro), role.params, rows)
-        role, grad_norm = update(optimizer, role, grads)
+        role, grad_norm = update(optimizer, role, grads, loss=metrics["student/loss"])
         return role, metrics | {"student/grad_norm": grad_norm}
 
     return step

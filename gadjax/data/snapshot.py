@@ -1,6 +1,6 @@
 """The frozen data of a run: token groups with the texts they come from, as a TFDS data set in ArrayRecord files.
 
-    data/manifest.json                 SHA-256 and size of every other file, the examples' digest, the fingerprint of their origin
+    data/manifest.json                 SHA-256 and size of every other file, the examples' digest, their origin's fingerprint, its own hash
     data/dataset_info.json, features.json, groups-train.array_record-00000, ...     as TFDS writes them
 
 A snapshot is whole or absent: it is written in a folder beside, the manifest last, and renamed. It is read by index in
@@ -19,8 +19,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from gadjax.errors import UserError
-from gadjax.files import flush, replace_file, to_json
+from gadjax.files import flush, replace_file
 from gadjax.records import Answer, Prompt, TokenGroup
+from gadjax.seals import guarded, read_guarded
 
 MANIFEST = "manifest.json"
 GROUPS_PER_FILE = 20_000  # about 200 MB a file with answers of 1,000 tokens
@@ -98,6 +99,9 @@ class Snapshot:
                 raise UserError(str(path), "the file is missing", _FREEZE_AGAIN)
             if _sha256(path) != expected["sha256"]:
                 raise UserError(str(path), "the file was changed after it was written", _FREEZE_AGAIN)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            if path.relative_to(folder).as_posix() not in {MANIFEST, *manifest["files"]}:
+                raise UserError(str(path), "the file was added after the others were written", "move it away")
         sources: Any = tfds.builder_from_directory(str(folder)).as_data_source()  # a dict, by split
         return cls({name: Split(source) for name, source in sources.items()}, manifest["fingerprint"], manifest["digest"])
 
@@ -141,7 +145,7 @@ def freeze(folder: Path, splits: Mapping[str, Iterable[Example]], fingerprint: M
     for path in paths:
         flush(path)
     files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths}
-    replace_file(beside / MANIFEST, to_json({"files": files, "fingerprint": dict(fingerprint), "digest": digest}, indent=1))
+    replace_file(beside / MANIFEST, guarded({"files": files, "fingerprint": dict(fingerprint), "digest": digest}))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     flush(folder.parent)
@@ -200,9 +204,9 @@ def _example(row: Mapping[str, Any]) -> Example:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(str(folder), "holds no data snapshot", "run `gadjax prepare`")
+        raise UserError(str(path), "is missing, so there is no data snapshot", "run `gadjax prepare`")
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_guarded(path.read_bytes())
     except ValueError:
         manifest = None
     match manifest:
