@@ -33,6 +33,8 @@ from gadjax.validation import Validator
 
 Floats = dict[str, float]
 Write = Callable[[int, Floats], None]
+ANSWERS = "answers"  # in a stage's folder: what it answered to a few held-out prompts at every validation
+REFRESH = 60.0  # seconds after which new numbers are shown, validated or not
 
 
 class Stopwatch:
@@ -48,6 +50,10 @@ class Stopwatch:
         self.seconds[f"time/{name}_seconds"] = self.seconds.get(f"time/{name}_seconds", 0.0) + now - self._last
         self._last = now
 
+    def skip(self) -> None:
+        """Counts the time since the last lap nowhere: it was another step's."""
+        self._last = time.perf_counter()
+
 
 @dataclass
 class Pending:
@@ -58,12 +64,14 @@ class Pending:
         device: metrics on the device; they are ready when the student's update is.
         watch: of this step.
         open: whether its last lap, the student's, is still to be ended.
+        follower: the step that was started after it.
     """
 
     host: Floats
     device: dict[str, Any]
     watch: Stopwatch
     open: bool
+    follower: "Pending | None" = None
 
     def wait(self) -> None:
         """Waits for the device and ends the last lap."""
@@ -71,6 +79,8 @@ class Pending:
             jax.block_until_ready(self.device)
             self.watch.lap("student")
             self.open = False
+            if self.follower is not None:
+                self.follower.watch.skip()
 
     def fetch(self) -> Floats:
         """All metrics of the step. Of a step that samples, the share in which the devices wait for the host's packing."""
@@ -137,8 +147,11 @@ class Stage:
             student, more = programs.student_step(self.state.student, rows, guidance)
             self.state = self.state._replace(student=student)
             device |= more
-        self.last = Pending(host, device, watch, open=learns)
-        return self.last
+        started = Pending(host, device, watch, open=learns)
+        if self.last is not None:
+            self.last.follower = started
+        self.last = started
+        return started
 
     def _judge(self, rows: PackedRows) -> tuple[jax.Array, dict[str, Any]]:
         """The discriminator's step: scores and metrics. At rate 0 it scores and does not learn."""
@@ -212,13 +225,14 @@ def _nowhere(step: int, metrics: Floats) -> None:
 
 
 def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done: int, total: int, show: Callable[[], None]) -> None:
-    config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
+    config, validate = stage.programs.stage, Validator(stage.session, stage.programs, stage.session.run.stage(stage.name) / ANSWERS)
     doctor = Watch(stage.name, read(stage.session.run.stage(stage.name) / FILE))
     if not done:
-        first = validate(stage.state)
+        first = validate(stage.state, 0)
         write(0, first)
         if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
             say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
+    shown = time.monotonic()
     with track(stage.name, total, done) as advance:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
@@ -226,10 +240,13 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             stage.balancer.see(metrics)
             write(step, metrics)
             advance(step, summary(metrics))
-            for news in doctor.see({"step": step} | metrics):
-                say(news)
-            if more:
+            news = doctor.see({"step": step} | metrics)
+            for line in news:
+                say(line)
+            nonlocal shown
+            if more or news or time.monotonic() - shown > REFRESH:
                 show()
+                shown = time.monotonic()
 
         late: Pending | None = None
         for index in range(done, total):
@@ -241,7 +258,7 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             late = pending
             validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
             if validates or saves:
-                finish(step, pending, validate(stage.state) if validates else {})
+                finish(step, pending, _validated(stage, validate, step, pending) if validates else {})
                 late = None
             if saves:
                 key = np.asarray(jax.random.key_data(stage.key)).tolist()
@@ -249,6 +266,15 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
                 host["base"] = stage.session.models.mark
                 stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
                 checkpoints.save(step, stage.state, host)
+
+
+def _validated(stage: Stage, validate: Validator, step: int, pending: Pending) -> Floats:
+    """What a validation tells, and its seconds, which begin when the step before it is done."""
+    pending.wait()
+    watch = Stopwatch()
+    seen = validate(stage.state, step)
+    watch.lap("validation")
+    return seen | watch.seconds
 
 
 def refuse_nan(stage: str, step: int, metrics: Floats) -> Floats:
