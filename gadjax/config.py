@@ -39,12 +39,14 @@ class RunConfig(Section):
         folder: holds the runs.
         bucket: `gs://bucket/folder` (or a folder that outlives the machine): checkpoints are written there, and the rest is copied there.
         seed: of everything random.
+        wandb: a project of Weights & Biases that is shown the metrics too (the extra `wandb`).
     """
 
     name: str = "quickstart"
     folder: str = "runs"
     bucket: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
+    wandb: str | None = None
 
     @field_validator("name")
     @classmethod

@@ -36,6 +36,7 @@ _MAY_CHANGE = (
     *(
         "run.folder",
         "run.name",
+        "run.wandb",
         "mesh",
         "rollout",
         "student.rematerialise",

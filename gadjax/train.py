@@ -24,12 +24,14 @@ from gadjax.health import Watch
 from gadjax.metrics import FILE, MetricsLog, read
 from gadjax.origins import check_base
 from gadjax.records import TokenGroup
+from gadjax.runs import Run
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first, put, replicated
 from gadjax.steps import Programs, responses_of
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
 from gadjax.validation import Validator
+from gadjax.weights_and_biases import Board
 
 Floats = dict[str, float]
 Write = Callable[[int, Floats], None]
@@ -215,9 +217,14 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
             stage.balancer.state = host["balance"]
             stage.key = session.models.place_key(np.array(host["key"]))
         with ExitStack() as stack:
-            log = MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) if is_first() else None
-            write = stack.enter_context(log).write if log else _nowhere
+            write = stack.enter_context(_log(session.run, name, done or -1)).write if is_first() else _nowhere
             _loop(stage, data, write, checkpoints, done, total, show)
+
+
+def _log(run: Run, name: str, after: int) -> MetricsLog:
+    project = run.config.run.wandb
+    board = Board(project, run.folder, name, run.config.model_dump(mode="json", by_alias=True)) if project else None
+    return MetricsLog(run.stage(name), run.folder / "tensorboard" / name, after, board)
 
 
 def _nowhere(step: int, metrics: Floats) -> None:
@@ -258,7 +265,8 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             late = pending
             validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
             if validates or saves:
-                finish(step, pending, _validated(stage, validate, step, pending) if validates else {})
+                pending.wait()  # what follows is no part of its time
+                finish(step, pending, validate(stage.state, step) if validates else {})
                 late = None
             if saves:
                 key = np.asarray(jax.random.key_data(stage.key)).tolist()
@@ -266,15 +274,6 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
                 host["base"] = stage.session.models.mark
                 stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
                 checkpoints.save(step, stage.state, host)
-
-
-def _validated(stage: Stage, validate: Validator, step: int, pending: Pending) -> Floats:
-    """What a validation tells, and its seconds, which begin when the step before it is done."""
-    pending.wait()
-    watch = Stopwatch()
-    seen = validate(stage.state, step)
-    watch.lap("validation")
-    return seen | watch.seconds
 
 
 def refuse_nan(stage: str, step: int, metrics: Floats) -> Floats:
