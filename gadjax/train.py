@@ -25,6 +25,7 @@ from gadjax.lineage import check_lineage, lineage
 from gadjax.metrics import FILE, MetricsLog, read
 from gadjax.origins import check_base
 from gadjax.records import TokenGroup
+from gadjax.runs import Run
 from gadjax.selection import Selection
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first, put, replicated
@@ -33,11 +34,14 @@ from gadjax.stopping import finishing
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
 from gadjax.validation import Validator
+from gadjax.weights_and_biases import Board
 
 Floats = dict[str, float]
 Write = Callable[[int, Floats], None]
 TRAINED = ("student/", "discriminator/", "rollout/logp_gap")  # what must be finite in every step
 SKIPS = 10  # steps in a row that may be skipped
+ANSWERS = "answers"  # in a stage's folder: what it answered to a few held-out prompts at every validation
+REFRESH = 60.0  # seconds after which new numbers are shown, validated or not
 
 
 class Stopwatch:
@@ -53,6 +57,10 @@ class Stopwatch:
         self.seconds[f"time/{name}_seconds"] = self.seconds.get(f"time/{name}_seconds", 0.0) + now - self._last
         self._last = now
 
+    def skip(self) -> None:
+        """Counts the time since the last lap nowhere: it was another step's."""
+        self._last = time.perf_counter()
+
 
 @dataclass
 class Pending:
@@ -63,12 +71,14 @@ class Pending:
         device: metrics on the device; they are ready when the student's update is.
         watch: of this step.
         open: whether its last lap, the student's, is still to be ended.
+        follower: the step that was started after it.
     """
 
     host: Floats
     device: dict[str, Any]
     watch: Stopwatch
     open: bool
+    follower: "Pending | None" = None
 
     def wait(self) -> None:
         """Waits for the device and ends the last lap."""
@@ -76,6 +86,8 @@ class Pending:
             jax.block_until_ready(self.device)
             self.watch.lap("student")
             self.open = False
+            if self.follower is not None:
+                self.follower.watch.skip()
 
     def fetch(self) -> Floats:
         """All metrics of the step. Of a step that samples, the share in which the devices wait for the host's packing."""
@@ -148,8 +160,11 @@ class Stage:
             student, more = programs.student_step(self.state.student, rows, guidance)
             self.state = self.state._replace(student=student)
             device |= more
-        self.last = Pending(host, device, watch, open=learns)
-        return self.last
+        started = Pending(host, device, watch, open=learns)
+        if self.last is not None:
+            self.last.follower = started
+        self.last = started
+        return started
 
     def _judge(self, rows: PackedRows) -> tuple[jax.Array, dict[str, Any]]:
         """The discriminator's step: scores and metrics. At rate 0 it scores and does not learn."""
@@ -255,22 +270,40 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
             checkpoints.best = stage.selection.best
             stage.key = session.models.place_key(np.array(kept["key"]))
         with ExitStack() as stack:
-            log = MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) if is_first() else None
-            write = stack.enter_context(log).write if log else _nowhere
+            write = stack.enter_context(_log(session.run, name, done or -1)).write if is_first() else _nowhere
             _loop(stage, data, write, checkpoints, done, total, show)
     if stage.selection.on:
         say(f"{name}: {stage.selection.told}")
+
+
+def _log(run: Run, name: str, after: int) -> MetricsLog:
+    project = run.config.run.wandb
+    board = Board(project, run.folder, name, run.config.model_dump(mode="json", by_alias=True)) if project else None
+    return MetricsLog(run.stage(name), run.folder / "tensorboard" / name, after, board)
 
 
 def _nowhere(step: int, metrics: Floats) -> None:
     """Where the other processes write: their metrics are those of process 0."""
 
 
+class _Page:
+    """What is shown of a run while it goes on: brought up to date when there is news, or when it has been a while."""
+
+    def __init__(self, show: Callable[[], None]):
+        self._show, self._shown = show, time.monotonic()
+
+    def show(self, news: bool) -> None:
+        if news or time.monotonic() - self._shown > REFRESH:
+            self._show()
+            self._shown = time.monotonic()
+
+
 def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done: int, total: int, show: Callable[[], None]) -> None:
-    config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
+    config, validate = stage.programs.stage, Validator(stage.session, stage.programs, stage.session.run.stage(stage.name) / ANSWERS)
     doctor = Watch(stage.name, read(stage.session.run.stage(stage.name) / FILE))
     if not done:
-        _begin(stage, validate(stage.state), write)
+        _begin(stage, validate(stage.state, 0), write)
+    page = _Page(show)
     with track(stage.name, total, done) as advance, _stoppable() as stopping:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
@@ -278,11 +311,12 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             stage.unseen = metrics
             write(step, metrics)
             advance(step, summary(metrics))
-            for news in doctor.see({"step": step} | metrics):
-                say(news)
+            news = doctor.see({"step": step} | metrics)
+            for line in news:
+                say(line)
             if more:
                 stage.selection.see(step, more)
-                show()
+            page.show(bool(more or news))
 
         late: Pending | None = None
         for step in range(done + 1, total + 1):
@@ -295,8 +329,9 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             late, stops = pending, stopping()
             validates, saves = _due(config, step, total, stops)
             if validates or saves:
-                seen, late = validate(stage.state) if validates else {}, None
-                finish(step, pending, seen)
+                pending.wait()  # what follows is no part of its time
+                finish(step, pending, validate(stage.state, step) if validates else {})
+                late = None
             if saves:
                 checkpoints.best = stage.selection.best
                 stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
