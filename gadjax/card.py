@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from gadjax.config import Config, dump_config
+from gadjax.config import Config, dump_config, stage_of
 from gadjax.report.curves import MEANINGS
 
 FILE = "README.md"
@@ -25,15 +25,15 @@ def model_card(run: Path, config: Config, stage: str, role: str, data: dict[str,
         role: `student` or `discriminator`.
         data: facts of the data by name.
     """
-    base = config.student.path
-    head = {"library_name": "transformers", "tags": ["gadjax", "distillation", config.stages[stage].algorithm]}
+    base, algorithm = config.student.path, config.stages[stage_of(stage)].algorithm
+    head = {"library_name": "transformers", "tags": ["gadjax", "distillation", algorithm]}
     head |= {"pipeline_tag": "text-generation" if role == "student" else "text-classification"} | ({"base_model": base} if base else {})
     origin = base or "a small fresh student"
     what = "The student" if role == "student" else "The discriminator, which scores how much a response is like the teacher's,"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {_plain(run.resolve().name)}/{stage}",
-        f"{what} of stage `{stage}` (algorithm `{config.stages[stage].algorithm}`), started from `{_plain(origin)}` and distilled with"
+        f"{what} of stage `{stage}` (algorithm `{algorithm}`), started from `{_plain(origin)}` and distilled with"
         " gadjax by the text of a teacher (GAD, arXiv 2511.10643).",
         f"## Teacher\n\n`{_plain(config.teacher.model)}`, asked through `{_plain(config.teacher.provider)}`.\n\n{TERMS}",
         "## Data\n\n" + "\n".join(f"- {name}: {value}" for name, value in data.items()),

@@ -10,12 +10,14 @@ is compared with its seal first. A checkpoint that is not as it was sealed is se
 """
 
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from gadjax.errors import UserError
 from gadjax.seals import damage, identity, is_remote, is_sealed, seal
@@ -23,7 +25,7 @@ from gadjax.sharding import is_first, least, wait_for_all
 from gadjax.terminal import say
 from gadjax.types import Role, TrainState
 
-KEEP = 2  # the newest ones; the one before the last serves where the last is damaged
+KEEP = 2  # of the newest ones, at least; the one before the last serves where the last is damaged
 UNSEALED = "unsealed"  # a file that names the step that is being written
 HOST = "host"
 
@@ -34,11 +36,16 @@ class Checkpoints:
     Args:
         folder: of the stage, or `gs://...`.
         read_only: another process may be writing there.
+        keep: how many of the newest ones are kept; None: all.
+
+    Attributes:
+        best: a step that is kept all the same.
     """
 
-    def __init__(self, folder: epath.PathLike, *, read_only: bool = False):
+    def __init__(self, folder: epath.PathLike, *, read_only: bool = False, keep: int | None = KEEP):
+        self.best = 0
         self._folder = epath.Path(folder) if is_remote(folder) else epath.Path(folder).absolute()
-        self._read_only = read_only
+        self._read_only, self._keep = read_only, keep
         self._verified: set[int] = set()
         self._sealing: _Sealing | None = None
         self._failed = False
@@ -63,7 +70,7 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The newest sealed checkpoint's step: the number of steps that it has behind it."""
-        return max((step for step in self._manager.all_steps() if is_sealed(self._folder / str(step))), default=None)
+        return max(self.steps, default=None)
 
     def whole(self) -> int | None:
         """The newest checkpoint that is as it was sealed, or None where there is none at all; damaged ones are set aside, loudly.
@@ -84,6 +91,11 @@ class Checkpoints:
             mend = "bring it back, or delete the folder to begin the stage anew"
             raise UserError(str(self._folder), f"no checkpoint is whole ({'; '.join(told)})", mend)
         return None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all sealed checkpoints, in their order."""
+        return sorted(step for step in self._manager.all_steps() if is_sealed(self._folder / str(step)))
 
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Begins to write the state after `step` steps; waits for an earlier write first.
@@ -174,7 +186,7 @@ class Checkpoints:
 
     def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEEP,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), _Best(self)]),
             create=not self._read_only,
             cleanup_tmp_directories=not self._read_only,  # of a process that was killed
         )
@@ -229,6 +241,16 @@ class _Sealing:
 def _place(folder: epath.Path) -> str:
     """What a checkpoint is of: its stage and step."""
     return "/".join((folder.parent.parent.name, folder.name))
+
+
+class _Best(policies.PreservationPolicy):
+    """Keeps the best step, whenever it was."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> Sequence[bool]:
+        return [each.step == self._checkpoints.best for each in checkpoints]
 
 
 def checkpoint_digest(folder: epath.Path, step: int) -> str | None:

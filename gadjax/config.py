@@ -1,6 +1,7 @@
 """The whole config: the sections of the parts, put together; YAML and overrides in, frozen classes out."""
 
 import difflib
+import math
 import re
 import reprlib
 from pathlib import Path
@@ -40,6 +41,7 @@ class RunConfig(Section):
         bucket: `gs://bucket/folder` (or a folder that outlives the machine): checkpoints are written there, and the rest is copied there.
         seed: of everything random.
         nonfinite: what NaN or infinity in a step does: `stop`, or `skip` its updates and go on, but not more than ten times in a row.
+        wandb: a project of Weights & Biases that is shown the metrics too (the extra `wandb`).
     """
 
     name: str = "quickstart"
@@ -47,6 +49,7 @@ class RunConfig(Section):
     bucket: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
     nonfinite: Literal["stop", "skip"] = "stop"
+    wandb: str | None = None
 
     @field_validator("name")
     @classmethod
@@ -218,6 +221,11 @@ class Config(Section):
         return self
 
 
+def stage_of(name: str) -> str:
+    """The stage of which `name` names a step, as `gad@50` does; other names are stages themselves."""
+    return name.partition("@")[0]
+
+
 def is_elsewhere(origin: str) -> bool:
     """Whether a stage's `from` names something outside of the run, by a path."""
     return "/" in origin
@@ -226,6 +234,9 @@ def is_elsewhere(origin: str) -> bool:
 def _check_among(field: str, name: str | None, known: list[str], what: str) -> None:
     if name is not None and name not in known:
         raise UserError(field, f"{name!r} is not {what}", f"use {' or '.join(known)}")
+
+
+MOST_VALUES = 10_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -237,6 +248,22 @@ class _Loader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.MarkedYAMLError(problem=f"`{twice}` is there twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The text's node, unless its aliases, written out, make more values of it than a config has: a short text makes billions."""
+        node = super().get_single_node()
+        if node is not None and _values(node, {}) > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"it has more than {MOST_VALUES} values", problem_mark=node.start_mark)
+        return node
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node has with its aliases written out; no end of them where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # as long as it is not known: who asks meanwhile lies within
+        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_values(each, known) for each in inner) if isinstance(node, yaml.CollectionNode) else 1
+    return known[id(node)]
 
 
 _Loader.add_implicit_resolver(

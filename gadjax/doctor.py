@@ -24,7 +24,7 @@ from gadjax.teachers.openai import price_of
 from gadjax.teachers.sources import load_prompts, load_tests
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "grain", "openai", "numpy")
-KEYS = ("OPENAI_API_KEY", "HF_TOKEN", TOKEN)
+KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", TOKEN)
 TRAINED, COPY = 12, 2  # bytes a parameter: float32 with two moments; a bfloat16 copy
 GB = 1e9
 
@@ -41,6 +41,7 @@ def machine() -> Facts:
         "system": platform.platform(),
         "processors": os.cpu_count(),
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB,
+        "disk_free_gb": _disk_free(Path.cwd()) / GB,
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "device_memory_gb": sum(memory) if memory else None,
         "versions": {name: metadata.version(name) for name in LIBRARIES},
@@ -49,20 +50,25 @@ def machine() -> Facts:
 
 
 def needs(config: Config) -> Facts:
-    """What a config needs, by the rules of thumb of full training: parameters with their moments, copies, checkpoints."""
+    """What a config needs, by rules of thumb: what is trained with its moments, copies of all parameters, checkpoints."""
     judged = any(isinstance(stage, SamplingStageConfig) for stage in config.stages.values())
     found: Facts = {"disk_free_gb": _disk_free(config.run.path) / GB}
     found |= _prompts(config) | _teacher(config)
     dims = _dims(config)
     if dims is None:
         return found | {"parameters": None}
-    count = sum(leaf.size for leaf in jax.tree.leaves(language_model(dims, jnp.dtype(jnp.float32)).shapes))
-    roles = 2 if judged else 1
+    count, adapted = (_parameters(each) for each in (dims, dims.adapted(config.adapters)))
+    trained, roles = adapted - count or count, 2 if judged else 1
+    copies = 2 if judged else int(config.adapters is not None)  # of the base or a reference, and for rollouts
     return found | {
         "parameters": count,
-        "device_memory_gb": count * (roles * TRAINED + (2 * COPY if judged else 0)) / GB,
-        "disk_gb": count * roles * TRAINED * KEEP * len(config.stages) / GB,
+        "device_memory_gb": (trained * roles * TRAINED + count * copies * COPY) / GB,
+        "disk_gb": trained * roles * TRAINED * KEEP * len(config.stages) / GB,
     }
+
+
+def _parameters(dims: DecoderConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(language_model(dims, jnp.dtype(jnp.float32)).shapes))
 
 
 def _dims(config: Config) -> DecoderConfig | None:

@@ -1,10 +1,11 @@
 """Every stage measured the same way on the held-out prompts and the test sets: greedy, and one sample at T = 0.8 and at 1.0."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from gadjax.algorithms.stage import SamplingStageConfig
-from gadjax.checkpointing import checkpoint_digest
+from gadjax.checkpointing import Checkpoints, checkpoint_digest
 from gadjax.config import UNTOUCHED
 from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
@@ -46,9 +47,9 @@ def _origin(session: Session, name: str) -> str:
     if name == UNTOUCHED:
         weights: object = {"student": config.student.model_dump(), "seed": config.run.seed}
     else:
-        weights = {"checkpoint": checkpoint_digest(session.run.checkpoints(name), session.total_steps(name))}
+        weights = {"checkpoint": checkpoint_digest(session.run.checkpoints(name), session.final_step(name))}
     chooser, best_of = _chooser(session), session.run.config.evaluation.best_of
-    digest = chooser and checkpoint_digest(session.run.checkpoints(chooser), session.total_steps(chooser))
+    digest = chooser and checkpoint_digest(session.run.checkpoints(chooser), session.final_step(chooser))
     choice = {"best_of": best_of, "discriminator": digest} if chooser else {}
     return to_json({"data": session.snapshot.digest, "weights": weights} | choice, indent=1)
 
@@ -61,14 +62,24 @@ def evaluation_folder(run: Run, split: str = HELD_OUT) -> Path:
 Measured = dict[str, dict[str, dict[str, Metric]]]  # of a split, of a stage
 
 
-def evaluate_stages(session: Session) -> Measured:
-    """Measures every stage on the held-out prompts and on the test sets; answers that were written already are read, unless the
-    weights or the data are others now.
+def every_checkpoint(session: Session) -> list[str]:
+    """All checkpoints that are kept, in the order of training, after the untouched student: `gad@50`, and `gad` for its outcome."""
+    names = [UNTOUCHED]
+    for name in session.run.config.stages:
+        final = session.final_step(name)
+        with Checkpoints(session.run.checkpoints(name), read_only=True) as checkpoints:
+            names += [name if step == final else f"{name}@{step}" for step in checkpoints.steps]
+    return names
+
+
+def evaluate_stages(session: Session, names: Sequence[str] = ()) -> Measured:
+    """Measures stages, or steps of them, on the held-out prompts and on the test sets; answers that were written already are read,
+    unless the weights or the data are others now. By default the stages of the table.
 
     All processes answer; process 0 measures, the others return nothing.
     """
+    names = names or evaluated_stages(session.run)
     splits = [name for name in session.snapshot.splits if name != "train"]
-    names = evaluated_stages(session.run)
     modes = [*MODES, *[BEST_OF] * (session.run.config.evaluation.best_of > 1)]
     measured: Measured = {split: {} for split in splits}
     scorer, total = None, len(names) * len(splits) * len(modes)

@@ -7,6 +7,7 @@ from pathlib import Path
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.card import FILE, model_card
 from gadjax.checkpointing import checkpoint_digest
+from gadjax.config import stage_of
 from gadjax.errors import UserError
 from gadjax.files import replace_file
 from gadjax.models.checkpoint import save, tokenizer_files
@@ -38,7 +39,7 @@ def export_discriminator(session: Session, name: str, dtype: str = "float32") ->
     Raises:
         UserError: the stage has no discriminator or is not trained yet.
     """
-    if not isinstance(session.run.config.stages[name], SamplingStageConfig):
+    if not isinstance(session.run.config.stages[stage_of(name)], SamplingStageConfig):
         raise UserError(f"stages.{name}", "has no discriminator", "name a stage of algorithm warmup or gad")
     pad, files = with_padding(session.text, tokenizer_files(session.folder))
     tokens = {"eos_token_id": session.text.end_of_turn, "pad_token_id": pad}
@@ -49,7 +50,7 @@ def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[s
     snapshot = session.snapshot
     facts = {"training groups": len(snapshot.train), "held-out groups": len(snapshot.validation), "SHA-256": snapshot.digest}
     card = model_card(session.run.folder, session.run.config, name, role, facts)
-    digest = checkpoint_digest(session.run.checkpoints(name), session.total_steps(name))
+    digest = checkpoint_digest(session.run.checkpoints(name), session.final_step(name))
     origin = json.dumps({"stage": name, "role": role, "checkpoint": digest, "dtype": dtype}, indent=2).encode()
     if agreed((folder / ORIGIN).is_file() and (folder / ORIGIN).read_bytes() == origin):
         if is_first() and (not (folder / FILE).is_file() or (folder / FILE).read_text(encoding="utf-8") != card):

@@ -10,11 +10,11 @@ from typing import TypeVar
 from gadjax.collecting import check_teacher, collect_answers
 from gadjax.config import dump_config
 from gadjax.errors import UserError
-from gadjax.evaluate import HELD_OUT, evaluate_stages, evaluated_stages
+from gadjax.evaluate import HELD_OUT, evaluate_stages, evaluated_stages, every_checkpoint
 from gadjax.evaluation.summary import merged, summarise
-from gadjax.evaluation.table import print_tables
+from gadjax.evaluation.table import print_table, print_tables
 from gadjax.export import export_discriminator, export_stage
-from gadjax.files import replace_file, to_json
+from gadjax.files import replace_file, to_csv, to_json
 from gadjax.judging import judge_run, verdicts_so_far
 from gadjax.prepare import check_devices, check_student, prepare_data, student_folder
 from gadjax.report.audit import write_audit
@@ -56,11 +56,14 @@ def train(config: Path, overrides: list[str]) -> None:
         _train(_session(opened))
 
 
-def evaluate(config: Path, overrides: list[str]) -> None:
-    """The table of all stages."""
+def evaluate(config: Path, overrides: list[str], every: bool) -> None:
+    """The table of all stages; with `every`, also one of every checkpoint that is kept."""
     start_processes()
     with _begun(config, overrides, check_devices, check_student) as (opened, clock):
-        _evaluate(_session(opened), clock)
+        session = _session(opened)
+        _evaluate(session, clock)
+        if every:
+            _sweep(session, clock)
 
 
 def report(config: Path, overrides: list[str]) -> None:
@@ -135,6 +138,20 @@ def _evaluate(session: Session, clock: Clock | None) -> None:
     if summary != before | {"seconds": summary["seconds"]}:
         replace_file(file, to_json(summary, indent=2))
     print_tables(summary, console)
+
+
+def _sweep(session: Session, clock: Clock | None) -> None:
+    """Measures every checkpoint that is kept, beside the stages' ends; writes `evaluation/checkpoints.json` and `.csv`."""
+    measured = evaluate_stages(session, every_checkpoint(session))
+    if clock is None:
+        return
+    found, folder = measured[HELD_OUT], session.run.folder / "evaluation"
+    summary = summarise(found, clock.seconds)
+    replace_file(folder / "checkpoints.json", to_json(summary, indent=2))
+    rows = ((name, metric, each.value) for name, metrics in found.items() for metric, each in metrics.items())
+    replace_file(folder / "checkpoints.csv", to_csv(("checkpoint", "metric", "value"), rows))
+    print_table(summary, console)
+    say(f"evaluate: every checkpoint is in {folder / 'checkpoints.csv'}")
 
 
 def _judge(opened: Run) -> None:

@@ -23,7 +23,7 @@ import jax
 import yaml
 from etils import epath
 
-from gadjax.config import Config, dump_config, load_config, parse_yaml
+from gadjax.config import Config, dump_config, load_config, parse_yaml, stage_of
 from gadjax.errors import UserError
 from gadjax.files import replace_file
 from gadjax.mirror import CHECKPOINTS, CLOCK, Mirror
@@ -38,6 +38,7 @@ _MAY_CHANGE = (
         "run.folder",
         "run.name",
         "run.nonfinite",
+        "run.wandb",
         "mesh",
         "rollout",
         "student.rematerialise",
@@ -141,7 +142,7 @@ class Run:
 
     @classmethod
     def find(cls, place: str) -> "tuple[Run, str]":
-        """The run and the name of the stage that `RUN/STAGE` means; `RUN` means the last stage.
+        """The run and the name of the stage that `RUN/STAGE` means; `RUN` means the last stage, `RUN/STAGE@50` its step 50.
 
         Raises:
             UserError: there is no such run or stage, or the stage has no checkpoint.
@@ -153,9 +154,9 @@ class Run:
             raise UserError(place, "is no run", "name a run's folder, or a stage of it: runs/quickstart/gad")
         run = cls.at(folder)
         names = list(run.config.stages)
-        if name is not None and name not in names:
+        if name is not None and not (stage_of(name) in names and re.fullmatch(r"[^@]+(@[1-9][0-9]{0,8})?", name)):
             raise UserError(place, f"the run has no stage {name}", f"use one of {', '.join(names)}")
-        if not run.begun(name or names[-1]):
+        if not run.begun(stage_of(name or names[-1])):
             raise UserError(place, "is not trained yet", "run `gadjax train` with its config first")
         return run, name or names[-1]
 
@@ -215,8 +216,8 @@ class Run:
         return self.folder / "stages" / name
 
     def checkpoints(self, name: str) -> epath.Path:
-        """A stage's checkpoints."""
-        return self._root / "stages" / name / CHECKPOINTS
+        """A stage's checkpoints, also by the name of one of its steps."""
+        return self._root / "stages" / stage_of(name) / CHECKPOINTS
 
     def begun(self, name: str = "*") -> bool:
         """Whether a stage (by default any) has a checkpoint."""

@@ -10,7 +10,7 @@ import numpy as np
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.answering import Answerer
 from gadjax.checkpointing import Checkpoints
-from gadjax.config import UNTOUCHED, StudentConfig, is_elsewhere
+from gadjax.config import UNTOUCHED, StudentConfig, is_elsewhere, stage_of
 from gadjax.data.pipeline import steps
 from gadjax.data.snapshot import Snapshot
 from gadjax.errors import UserError
@@ -98,20 +98,38 @@ class Session:
         wanted = steps(len(self.snapshot.train), stage.batch_groups, stage.epochs)
         return min(wanted, stage.max_steps or wanted)
 
-    def final_role(self, name: str, role: str) -> Role:
-        """`student` or `discriminator` of a finished stage.
+    def final_step(self, name: str) -> int:
+        """The step that is a stage's outcome: its last, or the best one where it selects. `gad@50` is a stage's step 50.
 
         Raises:
-            UserError: the stage is not finished, or stands on another base.
+            UserError: the stage is not finished, or has no checkpoint of that step.
         """
-        network = self.models.student if role == "student" else self.models.discriminator
-        folder = self.run.checkpoints(name)
+        stage, step = stage_of(name), name.partition("@")[2]
+        folder, selects = self.run.checkpoints(stage), self.run.config.stages[stage].select is not None
         if folder.is_dir():
             with Checkpoints(folder, read_only=True) as checkpoints:
-                if (step := self.total_steps(name)) == checkpoints.latest:
-                    check_base(self.models, checkpoints.restore_host(step), str(folder))
-                    return checkpoints.restore_role(step, role, self.models.abstract_role(network))
-        raise UserError(f"stages.{name}", "is not trained yet", "run `gadjax train` with this config first")
+                if step:
+                    if int(step) in checkpoints.steps:
+                        return int(step)
+                    kept = ", ".join(map(str, checkpoints.steps))
+                    raise UserError(name, "there is no checkpoint of this step", f"those of the steps {kept} are kept")
+                latest = checkpoints.latest or 0
+                selection = checkpoints.restore_host(latest)["selection"] if latest and selects else {"best": latest, "stops": False}
+                if latest == self.total_steps(stage) or selection["stops"]:
+                    return selection["best"]
+        raise UserError(f"stages.{stage}", "is not trained yet", "run `gadjax train` with this config first")
+
+    def final_role(self, name: str, role: str) -> Role:
+        """`student` or `discriminator` of a finished stage, or of one of its steps, as `final_step` has it.
+
+        Raises:
+            UserError: there is none, or it stands on another base.
+        """
+        network = self.models.student if role == "student" else self.models.discriminator
+        step = self.final_step(name)
+        with Checkpoints(self.run.checkpoints(name), read_only=True) as checkpoints:
+            check_base(self.models, checkpoints.restore_host(step), str(self.run.checkpoints(name)))
+            return checkpoints.restore_role(step, role, self.models.abstract_role(network))
 
     def student_params(self, name: str) -> Params:
         """The student's parameters after stage `name`; `student` is the untouched one."""

@@ -10,7 +10,7 @@ from typing import Self
 
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.completions import Ask, Finish, Piece, Token
-from gadjax.config import DataConfig
+from gadjax.config import DataConfig, stage_of
 from gadjax.errors import UserError
 from gadjax.records import Message
 from gadjax.rollout.live import Heard, Live, Wish
@@ -278,7 +278,7 @@ def discriminator_of(session: Session, stage: str) -> str | None:
     """The stage whose discriminator judges the answers of `stage`: its own, else that of the run's last trained stage that has one."""
     stages = session.run.config.stages
     others = [name for name in reversed(stages) if session.run.begun(name)]
-    return next((name for name in (stage, *others) if isinstance(stages.get(name), SamplingStageConfig)), None)
+    return next((name for name in (stage_of(stage), *others) if isinstance(stages.get(name), SamplingStageConfig)), None)
 
 
 def scorer_of(session: Session, stage: str, room: Room) -> Scorer:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from gadjax.algorithms.balance import Balancer
-from gadjax.algorithms.stage import Guidance
+from gadjax.algorithms.stage import Guidance, StageConfig
 from gadjax.checkpointing import Checkpoints
 from gadjax.data.packing import pack
 from gadjax.data.pipeline import batches
@@ -25,6 +25,8 @@ from gadjax.lineage import check_lineage, lineage
 from gadjax.metrics import FILE, MetricsLog, read
 from gadjax.origins import check_base
 from gadjax.records import TokenGroup
+from gadjax.runs import Run
+from gadjax.selection import Selection
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first, put, replicated
 from gadjax.steps import Programs, responses_of
@@ -32,11 +34,14 @@ from gadjax.stopping import finishing
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
 from gadjax.validation import Validator
+from gadjax.weights_and_biases import Board
 
 Floats = dict[str, float]
 Write = Callable[[int, Floats], None]
 TRAINED = ("student/", "discriminator/", "rollout/logp_gap")  # what must be finite in every step
 SKIPS = 10  # steps in a row that may be skipped
+ANSWERS = "answers"  # in a stage's folder: what it answered to a few held-out prompts at every validation
+REFRESH = 60.0  # seconds after which new numbers are shown, validated or not
 
 
 class Stopwatch:
@@ -52,6 +57,10 @@ class Stopwatch:
         self.seconds[f"time/{name}_seconds"] = self.seconds.get(f"time/{name}_seconds", 0.0) + now - self._last
         self._last = now
 
+    def skip(self) -> None:
+        """Counts the time since the last lap nowhere: it was another step's."""
+        self._last = time.perf_counter()
+
 
 @dataclass
 class Pending:
@@ -62,12 +71,14 @@ class Pending:
         device: metrics on the device; they are ready when the student's update is.
         watch: of this step.
         open: whether its last lap, the student's, is still to be ended.
+        follower: the step that was started after it.
     """
 
     host: Floats
     device: dict[str, Any]
     watch: Stopwatch
     open: bool
+    follower: "Pending | None" = None
 
     def wait(self) -> None:
         """Waits for the device and ends the last lap."""
@@ -75,6 +86,8 @@ class Pending:
             jax.block_until_ready(self.device)
             self.watch.lap("student")
             self.open = False
+            if self.follower is not None:
+                self.follower.watch.skip()
 
     def fetch(self) -> Floats:
         """All metrics of the step. Of a step that samples, the share in which the devices wait for the host's packing."""
@@ -97,6 +110,7 @@ class Stage:
         state: both models; changed by every step.
         key: of the rollouts.
         balancer: what is regulated from step to step.
+        selection: the best step so far.
         unseen: metrics of a finished step which the balancer is to see when the next one has begun; it never knows of that one.
         skipped: how many steps in a row have updated nothing, because something in them was not finite.
         last: the step that was started last.
@@ -109,6 +123,7 @@ class Stage:
     state: TrainState
     key: jax.Array
     balancer: Balancer
+    selection: Selection
     unseen: Floats = field(default_factory=dict)
     skipped: int = 0
     last: Pending | None = None
@@ -145,8 +160,11 @@ class Stage:
             student, more = programs.student_step(self.state.student, rows, guidance)
             self.state = self.state._replace(student=student)
             device |= more
-        self.last = Pending(host, device, watch, open=learns)
-        return self.last
+        started = Pending(host, device, watch, open=learns)
+        if self.last is not None:
+            self.last.follower = started
+        self.last = started
+        return started
 
     def _judge(self, rows: PackedRows) -> tuple[jax.Array, dict[str, Any]]:
         """The discriminator's step: scores and metrics. At rate 0 it scores and does not learn."""
@@ -189,6 +207,7 @@ class Stage:
             "data": data.get_state(),
             "key": np.asarray(jax.random.key_data(self.key)).tolist(),
             "balance": self.balancer.state,
+            "selection": self.selection.state,
             "unseen": self.unseen,
             "lineage": lineage(self.session, self.name),
             "base": self.session.models.mark,
@@ -222,7 +241,8 @@ def open_stage(session: Session, name: str) -> Stage:
     programs = Programs.of(session.run.config, name, session.total_steps(name), session.models, session.text.end_of_turn)
     state = session.first_state(name)
     reference = session.models.reference(state.student.params) if programs.algorithm.needs_reference else None
-    return Stage(session, name, programs, reference, state, session.key, Balancer(programs.algorithm.balance))
+    selection = Selection(programs.stage.select, name)
+    return Stage(session, name, programs, reference, state, session.key, Balancer(programs.algorithm.balance), selection)
 
 
 def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: None) -> None:
@@ -231,9 +251,9 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
     `show` is called when there are new numbers to show.
     """
     total, stage_config = session.total_steps(name), session.run.config.stages[name]
-    with Checkpoints(session.run.checkpoints(name)) as checkpoints:
+    with Checkpoints(session.run.checkpoints(name), keep=stage_config.keep) as checkpoints:
         done = agreed(checkpoints.whole() or 0)
-        if done == total:
+        if done == total or (done and stage_config.select and checkpoints.restore_host(done)["selection"]["stops"]):
             return
         if done:
             kept = checkpoints.restore_host(done)
@@ -246,23 +266,44 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
             stage.state, kept = checkpoints.restore(done, abstract)
             check_base(session.models, kept, str(session.run.checkpoints(name)))
             data.set_state(kept["data"])
-            stage.balancer.state, stage.unseen = kept["balance"], kept["unseen"]
+            stage.balancer.state, stage.unseen, stage.selection.state = kept["balance"], kept["unseen"], kept["selection"]
+            checkpoints.best = stage.selection.best
             stage.key = session.models.place_key(np.array(kept["key"]))
         with ExitStack() as stack:
-            log = MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) if is_first() else None
-            write = stack.enter_context(log).write if log else _nowhere
+            write = stack.enter_context(_log(session.run, name, done or -1)).write if is_first() else _nowhere
             _loop(stage, data, write, checkpoints, done, total, show)
+    if stage.selection.on:
+        say(f"{name}: {stage.selection.told}")
+
+
+def _log(run: Run, name: str, after: int) -> MetricsLog:
+    project = run.config.run.wandb
+    board = Board(project, run.folder, name, run.config.model_dump(mode="json", by_alias=True)) if project else None
+    return MetricsLog(run.stage(name), run.folder / "tensorboard" / name, after, board)
 
 
 def _nowhere(step: int, metrics: Floats) -> None:
     """Where the other processes write: their metrics are those of process 0."""
 
 
+class _Page:
+    """What is shown of a run while it goes on: brought up to date when there is news, or when it has been a while."""
+
+    def __init__(self, show: Callable[[], None]):
+        self._show, self._shown = show, time.monotonic()
+
+    def show(self, news: bool) -> None:
+        if news or time.monotonic() - self._shown > REFRESH:
+            self._show()
+            self._shown = time.monotonic()
+
+
 def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done: int, total: int, show: Callable[[], None]) -> None:
-    config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
+    config, validate = stage.programs.stage, Validator(stage.session, stage.programs, stage.session.run.stage(stage.name) / ANSWERS)
     doctor = Watch(stage.name, read(stage.session.run.stage(stage.name) / FILE))
     if not done:
-        _write_first(stage, validate(stage.state), write)
+        _begin(stage, validate(stage.state, 0), write)
+    page = _Page(show)
     with track(stage.name, total, done) as advance, _stoppable() as stopping:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
@@ -270,37 +311,47 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             stage.unseen = metrics
             write(step, metrics)
             advance(step, summary(metrics))
-            for news in doctor.see({"step": step} | metrics):
-                say(news)
+            news = doctor.see({"step": step} | metrics)
+            for line in news:
+                say(line)
             if more:
-                show()
+                stage.selection.see(step, more)
+            page.show(bool(more or news))
 
         late: Pending | None = None
-        for index in range(done, total):
-            groups, step = next(data), index + 1
+        for step in range(done + 1, total + 1):
+            groups = next(data)
             with jax.transfer_guard("disallow"):
-                pending = stage.step(index, groups)
+                pending = stage.step(step - 1, groups)
             if late is not None:
-                finish(index, late, {})  # of the step before, while the device works on this one
+                finish(step - 1, late, {})  # of the step before, while the device works on this one
             stage.balancer.see(stage.unseen)
-            late = pending
-            validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
-            stops = stopping()
-            if validates or saves or stops:
-                finish(step, pending, validate(stage.state) if validates else {})
+            late, stops = pending, stopping()
+            validates, saves = _due(config, step, total, stops)
+            if validates or saves:
+                pending.wait()  # what follows is no part of its time
+                finish(step, pending, validate(stage.state, step) if validates else {})
                 late = None
-            if saves or stops:
+            if saves:
+                checkpoints.best = stage.selection.best
                 stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
                 checkpoints.save(step, stage.sound_state(step), stage.kept(data))
-            if stops:
-                say(f"{stage.name}: asked to stop; the checkpoint after step {step} is written")
+            if stops or stage.selection.stops:
+                say(f"{stage.name}: {'asked to stop' if stops else 'ends early'}; the checkpoint after step {step} is written")
                 return
 
 
-def _write_first(stage: Stage, first: Floats, write: Write) -> None:
+def _begin(stage: Stage, first: Floats, write: Write) -> None:
+    """The validation before the first step."""
     write(0, first)
     if (accuracy := first.get("validation/discriminator_accuracy")) is not None:
         say(f"{stage.name}: begins with a discriminator that is right on {accuracy:.3f} of the held-out pairs (0.5 is chance)")
+
+
+def _due(config: StageConfig, step: int, total: int, stops: bool) -> tuple[bool, bool]:
+    """Whether a step is validated, and whether it has a checkpoint: where the best is selected, every validation has one."""
+    validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
+    return validates, saves or stops or (validates and config.select is not None)
 
 
 def _stoppable() -> AbstractContextManager[Callable[[], bool]]:

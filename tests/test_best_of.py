@@ -61,7 +61,7 @@ def test_the_discriminator_chooses_in_the_evaluation(session: Session, monkeypat
         return answer(answerer, params, examples, mode, scorer) if mode == BEST_OF else old[mode]  # type: ignore[arg-type]
 
     monkeypatch.setattr(Answerer, "answer", chosen_anew)
-    measured = evaluate_stages(session)
+    measured = evaluate_stages(session)["validation"]
     names = {f"best_of_{name}" for name in ("rouge_l", "validity", "correctness", "length_mean")}
     assert all(names <= measured[stage].keys() for stage in ("student", "gad"))
     file = session.run.folder / "evaluation" / "gad.jsonl"
@@ -70,7 +70,7 @@ def test_the_discriminator_chooses_in_the_evaluation(session: Session, monkeypat
     evaluate_stages(session)
     assert file.stat().st_mtime_ns == written, "answers are kept"
     plain = replace(session, run=replace(session.run, config=configured(session.run.config, best_of=1)))
-    assert not names & evaluate_stages(plain)["gad"].keys()
+    assert not names & evaluate_stages(plain)["validation"]["gad"].keys()
 
 
 def test_somebody_must_be_there_to_choose():

@@ -177,7 +177,7 @@ PRICED = {"price": {"input": 1.0, "output": 1.0}}
 NEEDED = {
     "teacher": PRICED,
     "teachers": {"mini": copy.deepcopy(PRICED)},
-    "stages": {name: {"algorithm": name} for name in ALGORITHMS},
+    "stages": {name: {"algorithm": name, "select": {"metric": "loss"}} for name in ALGORITHMS},
     "evaluation": {"judge": copy.deepcopy(PRICED)},
 }
 

@@ -243,7 +243,7 @@ def stage(policy: str, finite: bool = True) -> Any:
     session: Any = SimpleNamespace(run=SimpleNamespace(config=SimpleNamespace(run=SimpleNamespace(nonfinite=policy))))
     programs: Any = SimpleNamespace(finite=lambda _: finite)
     unused: Any = None
-    return Stage(session, "gad", programs, None, unused, unused, unused)
+    return Stage(session, "gad", programs, None, unused, unused, unused, unused)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

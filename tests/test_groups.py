@@ -5,19 +5,24 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from gadjax import collecting, prepare
+from gadjax.cli import main
 from gadjax.collecting import collect_answers
 from gadjax.data.packing import RowShape, pack
 from gadjax.data.pipeline import batches
 from gadjax.data.snapshot import Example, Snapshot
+from gadjax.errors import UserError
+from gadjax.evaluate import every_checkpoint
 from gadjax.evaluation.answers import read_answers
 from gadjax.metrics import read
 from gadjax.models.fresh import CONTROL
 from gadjax.prepare import prepare_data
 from gadjax.runs import Run
+from gadjax.session import Session
 from gadjax.teachers import grammar
 from gadjax.text import Text
 from tests import tiny
@@ -35,6 +40,7 @@ def counts(examples: list[Example]) -> Counter[str]:
 
 TWICE = tiny.with_stages(
     seqkd=f"algorithm: seqkd, epochs: 1, {tiny.COMMON}",
+    still=f"algorithm: seqkd, {tiny.COMMON.replace('1e-3', '1e-12')}, validate_every: 2, keep: null, select: {{metric: loss, patience: 2}}",
     gad=f"algorithm: gad, from: seqkd, max_steps: 1, {tiny.SAMPLING}, discriminator: {{learning_rate: 1e-3}}",
 )
 
@@ -90,6 +96,41 @@ def test_a_test_set_is_asked_for_frozen_and_measured_apart(twice: Path):
         answers = read_answers(twice / "evaluation" / "unseen" / f"{stage}.jsonl")["greedy"]
         assert set(answers.ids) == set(counts_by_id(data))
     assert "<h3>unseen</h3>" in (twice / "report" / "index.html").read_text()
+
+
+def test_a_stage_that_selects_ends_early_and_its_outcome_is_its_best_step(twice: Path):
+    """A stage that learns nothing, from the untouched student: the first validation is the best, and two more are waited for."""
+    session = Session.open(Run.at(twice), twice / "student")
+    assert [row["step"] for row in read(twice / "stages" / "still" / "metrics.jsonl")] == list(range(7)), "of 10 steps"
+    assert session.final_step("still") == 2
+    assert every_checkpoint(session) == ["student", "seqkd", "still", "still@4", "still@6", "gad"]
+    outcome, *others = (session.final_role(name, "student").optimizer for name in ("still", "still@2", "still@6"))
+    same_bits(outcome, others[0])
+    with pytest.raises(AssertionError):
+        same_bits(outcome, others[1])
+    assert session.final_step("still@6") == 6
+    with pytest.raises(UserError, match=r"^still@5: there is no checkpoint of this step; those of the steps 2, 4, 6 are kept"):
+        session.final_step("still@5")
+    assert Run.find(f"{twice}/still@4")[1] == "still@4"
+    with pytest.raises(UserError, match="the run has no stage still@x"):
+        Run.find(f"{twice}/still@x")
+
+
+def same_bits(one: object, other: object) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_every_checkpoint_is_measured(twice: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(twice.parent.parent)
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "tiny.yaml", "--all", "teacher.samples=2", "prompts.tests={unseen: unseen.jsonl}"])
+    assert stop.value.code == 0
+    stages = json.loads((twice / "evaluation" / "checkpoints.json").read_text())["stages"]
+    assert list(stages) == ["student", "seqkd", "still", "still@4", "still@6", "gad"]
+    assert stages["still"]["rouge_l"] == pytest.approx(stages["student"]["rouge_l"])
+    lines = (twice / "evaluation" / "checkpoints.csv").read_text().splitlines()
+    assert lines[0] == "checkpoint,metric,value"
+    assert len(lines) == 1 + sum(map(len, stages.values()))
 
 
 def counts_by_id(data: Snapshot) -> Counter[str]:

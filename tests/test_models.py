@@ -226,7 +226,7 @@ def session(folder: Path, student: Path) -> tuple[Session, Params]:
     config = make_config({"prompts": {"train": "tutor:2"}, "stages": stages})
     run = SimpleNamespace(folder=folder, config=config, checkpoints=lambda name: folder / name)
     snapshot = SimpleNamespace(train=[], validation=[], digest="none")
-    parts = {"total_steps": lambda name: 1, "folder": student, "text": Text.load(str(student)), "family": family, "dims": dims}
+    parts = {"final_step": lambda name: 1, "folder": student, "text": Text.load(str(student)), "family": family, "dims": dims}
     return cast(Session, SimpleNamespace(run=run, snapshot=snapshot, merged=lambda *_: params, **parts)), params
 
 

@@ -36,6 +36,18 @@ class DiscriminatorConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
 
 
+class SelectionConfig(Section):
+    """The checkpoint that counts as the outcome of a stage: what later stages start from, what is evaluated, served and exported.
+
+    Attributes:
+        metric: of the validation, by its name after `validation/`, for example `rouge_l`; its best value is looked for.
+        patience: validations in a row without a better value after which the stage ends; null: it goes on to its last step.
+    """
+
+    metric: str
+    patience: int | None = Field(default=None, ge=1)
+
+
 class StageConfig(Section):
     """What every stage has.
 
@@ -50,6 +62,8 @@ class StageConfig(Section):
         schedule: how the learning rates move.
         checkpoint_every: steps between checkpoints; the last step always has one.
         validate_every: steps between validations.
+        select: the best checkpoint is the outcome, and each validation makes one; null: the last one is.
+        keep: the newest checkpoints that are kept, besides the best; null: all.
     """
 
     algorithm: str
@@ -61,6 +75,8 @@ class StageConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint_every: int = Field(default=50, ge=1)
     validate_every: int = Field(default=50, ge=1)
+    select: SelectionConfig | None = None
+    keep: int | None = Field(default=2, ge=2)
 
 
 class SamplingStageConfig(StageConfig):
