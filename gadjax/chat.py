@@ -12,22 +12,32 @@ from rich.text import Text as Shown
 from gadjax.completions import Ask, Piece
 from gadjax.config import UNTOUCHED
 from gadjax.errors import UserError
+from gadjax.foreign import harmless
+from gadjax.moderation import Flagged, Moderator, moderated, moderation_of
 from gadjax.prepare import student_folder
 from gadjax.records import Message
 from gadjax.runs import Run
 from gadjax.session import Session
 from gadjax.speaking import Room, Speaker, discriminator_of, scorer_of, speaker_of
-from gadjax.terminal import harmless, say
+from gadjax.terminal import say
 
 NEW = "/new"
+ENDS = {"length": "cut by its length", "content_filter": "withheld by the moderation"}
 Wish = Callable[[list[Message]], Ask]
 
 
 class Chat:
-    """The conversations with each stage; they hear the same questions, and each its own answers."""
+    """The conversations with each stage; they hear the same questions, and each its own answers.
 
-    def __init__(self, speakers: Mapping[str, Speaker], console: Console, wish: Wish):
-        self._speakers, self._console, self._wish = speakers, console, wish
+    Args:
+        speakers: by the names of their stages.
+        console: where the answers are shown.
+        wish: what is wanted of an answer.
+        flagged: the moderation, by which no answer comes that it has not seen.
+    """
+
+    def __init__(self, speakers: Mapping[str, Speaker], console: Console, wish: Wish, flagged: Flagged | None = None):
+        self._speakers, self._console, self._wish, self._flagged = speakers, console, wish, flagged
         self._heard: dict[str, list[Message]] = {name: [] for name in speakers}
 
     def begin_anew(self) -> None:
@@ -55,7 +65,8 @@ class Chat:
                 del heard[-1]
 
     def _pieces(self, name: str) -> Iterator[Piece]:
-        return self._speakers[name].complete(self._wish([*self._heard[name]]))
+        complete = self._speakers[name].complete
+        return (moderated(complete, self._flagged) if self._flagged else complete)(self._wish([*self._heard[name]]))
 
     def _one_after_another(self) -> dict[str, str]:
         said = {}
@@ -98,7 +109,7 @@ def _columns(said: Mapping[str, str], verdicts: Mapping[str, str]) -> Table:
 def _verdict(last: Piece) -> str:
     """What stands beside an answer."""
     score = "" if last.score is None else f"score {last.score:+.3f}"
-    return ", ".join(part for part in (score, "cut by its length" if last.finish == "length" else "") if part)
+    return ", ".join(part for part in (score, ENDS.get(last.finish or "", "")) if part)
 
 
 def chat(
@@ -109,13 +120,15 @@ def chat(
     best_of: int,
     prompt_tokens: int | None,
     response_tokens: int | None,
+    moderation: str | None = None,
 ) -> None:
     """Reads questions, a line each, until the end of the input or Ctrl-C.
 
     Raises:
-        UserError: a stage is not trained, or there is no discriminator to choose the best answer.
+        UserError: a stage is not trained, there is no discriminator to choose the best answer, or no key of the moderation.
     """
     run, name = Run.find(stage)
+    moderator = Moderator(moderation_of(run.config.cleaning.moderation, moderation)) if moderation else None
     if against is not None and against != UNTOUCHED:
         _, against = Run.find(f"{run.folder}/{against}")
     session = Session.open(run, student_folder(run))
@@ -131,7 +144,8 @@ def chat(
         speakers = {each: stack.enter_context(speaker_of(session, each, room, scorer)) for each in names}
         say(f"chat: {' and '.join(names)}" + (f"; scores are by the discriminator of {judge}" if judge else ""))
         say(f"chat: a line is a question; {NEW} begins anew, the end of the input (Ctrl-D) ends")
-        _converse(Chat(speakers, Console(highlight=False, soft_wrap=True), wish))
+        flagged = stack.enter_context(moderator).flagged if moderator else None
+        _converse(Chat(speakers, Console(highlight=False, soft_wrap=True), wish, flagged))
 
 
 def _converse(chat: Chat) -> None:

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from gadjax.errors import UserError
+from gadjax.foreign import harmless
 from gadjax.stopping import ends_in_time
 
 COMMANDS = {  # command -> "module:function"
@@ -56,6 +57,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE",
 Stage = Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run's folder and, if not the last, a stage.")]
 BestOf = Annotated[int, typer.Option(min=1, max=64, help="Answers sampled for each that is given; the discriminator chooses.")]
 PromptTokens = Annotated[int | None, typer.Option(min=8, help="The longest conversation; by default the run's longest prompt.")]
+Moderation = Annotated[
+    str | None,
+    typer.Option(help="Judges every answer first: `run` as the run's config says, or an address.", metavar="run|ADDRESS"),
+]
 ResponseTokens = Annotated[int | None, typer.Option(min=1, help="The longest answer; by default the run's.")]
 
 
@@ -174,12 +179,13 @@ def chat(
     best_of: BestOf = 1,
     prompt_tokens: PromptTokens = None,
     response_tokens: ResponseTokens = None,
+    moderation: Moderation = None,
 ) -> None:
     """Talk to a stage's student in the terminal; the discriminator's score stands beside each answer.
 
     Example: gadjax chat runs/quickstart/gad --against seqkd
     """
-    _call("chat", stage, against, temperature, seed, best_of, prompt_tokens, response_tokens)
+    _call("chat", stage, against, temperature, seed, best_of, prompt_tokens, response_tokens, moderation)
 
 
 @app.command()
@@ -191,6 +197,7 @@ def serve(
     best_of: BestOf = 1,
     prompt_tokens: PromptTokens = None,
     response_tokens: ResponseTokens = None,
+    moderation: Moderation = None,
 ) -> None:
     """Serve a stage's student behind an OpenAI-compatible endpoint.
 
@@ -198,7 +205,7 @@ def serve(
 
     Example: gadjax serve runs/quickstart/gad --best-of 4
     """
-    _call("serve", stage, port, host, slots, best_of, prompt_tokens, response_tokens)
+    _call("serve", stage, port, host, slots, best_of, prompt_tokens, response_tokens, moderation)
 
 
 @app.command()
@@ -375,5 +382,5 @@ def no_room(error: OSError | sqlite3.Error) -> bool:
 
 
 def _fail(message: str) -> int:
-    print(f"gadjax: {message}", file=sys.stderr)
+    print(f"gadjax: {harmless(message)}", file=sys.stderr)
     return 2

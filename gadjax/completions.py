@@ -13,7 +13,11 @@ from gadjax.errors import UserError
 from gadjax.prompts import checked_messages
 from gadjax.records import Message
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "content_filter"]
+
+
+class Unavailable(UserError):
+    """What an answer needs of others is not there at the moment; a client is told so by status 503."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The whole config: the sections of the parts, put together; YAML and overrides in, frozen classes out."""
 
 import difflib
+import math
 import re
 import reprlib
 from pathlib import Path
@@ -228,6 +229,9 @@ def _check_among(field: str, name: str | None, known: list[str], what: str) -> N
         raise UserError(field, f"{name!r} is not {what}", f"use {' or '.join(known)}")
 
 
+MOST_VALUES = 10_000
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-5 as a number, as YAML 1.2 and people do, and refuses a key that is there twice."""
 
@@ -237,6 +241,22 @@ class _Loader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.MarkedYAMLError(problem=f"`{twice}` is there twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The text's node, unless its aliases, written out, make more values of it than a config has: a short text makes billions."""
+        node = super().get_single_node()
+        if node is not None and _values(node, {}) > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"it has more than {MOST_VALUES} values", problem_mark=node.start_mark)
+        return node
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node has with its aliases written out; no end of them where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # as long as it is not known: who asks meanwhile lies within
+        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_values(each, known) for each in inner) if isinstance(node, yaml.CollectionNode) else 1
+    return known[id(node)]
 
 
 _Loader.add_implicit_resolver(

@@ -16,8 +16,9 @@ from gadjax.errors import UserError
 from gadjax.evaluation.answers import read_answers
 from gadjax.evaluation.ballots import BallotBox, Choice, Pair, Result, count, in_order
 from gadjax.files import replace_file, to_csv, to_json
+from gadjax.foreign import harmless
 from gadjax.runs import Run
-from gadjax.terminal import harmless, say
+from gadjax.terminal import say
 
 TEACHER = "teacher"  # for the stage that is compared with
 HOST = "127.0.0.1"

@@ -1,28 +1,38 @@
-"""Moderation: an endpoint that says of texts whether they are not to be used. For data here; for a student's own output, too.
+"""Moderation: an endpoint that says of texts whether they are not to be used: of the data, and of what a student says.
 
 with Moderator(config, folder / "moderation.sqlite") as moderator:
     flagged = moderator.flagged(["a text", "another"])        # [False, False]
+    complete = moderated(speaker.complete, moderator.flagged)  # says nothing that was not judged before
 """
 
 import hashlib
 import os
+import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Self
-from urllib.parse import urlsplit
+from typing import Self, cast
 
 import httpx2
 from openai import APIError, OpenAI
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from gadjax.completions import Ask, Complete, Piece, Unavailable
 from gadjax.errors import UserError
+from gadjax.foreign import check_address, is_this_machine
 from gadjax.section import Section
 
 AT_ONCE = 32  # texts a request
 TRIES = 5
 SECONDS = 60.0
 OPENAI = "https://api.openai.com/v1"
+MAX_REPLY = 2**20  # bytes
+SENTENCE = re.compile(r"[.!?…]\s|[。！？\n]")  # its end
+HELD = 400  # characters that are held back for the end of a sentence, at most
+RUN = "run"  # in place of an address: as the run's config says
+Flagged = Callable[[Sequence[str]], Sequence[bool]]  # which of the texts are not to be used
 SCHEMA = "CREATE TABLE IF NOT EXISTS verdicts (key BLOB PRIMARY KEY, flagged INTEGER NOT NULL) STRICT"
 
 
@@ -39,6 +49,13 @@ class ModerationConfig(Section):
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
 
+    @field_validator("base_url")
+    @classmethod
+    def _may_be_sent_to(cls, address: str | None) -> str | None:
+        if address is not None:
+            check_address("cleaning.moderation.base_url", address)
+        return address
+
 
 class _Verdict(BaseModel):
     model_config = ConfigDict(strict=True)
@@ -51,7 +68,7 @@ class _Reply(BaseModel):
 
 
 class Moderator:
-    """Asks about every text once: verdicts are kept in a file.
+    """Asks about every text once: verdicts are kept in a file. May be used by several threads, one after the other.
 
     Args:
         config: the endpoint.
@@ -67,11 +84,17 @@ class Moderator:
             where = "cleaning.moderation.api_key_env"
             raise UserError(where, f"the environment variable {config.api_key_env} is not set", "export it with the API key")
         self._config, address = config, config.base_url or OPENAI
-        local = (urlsplit(address).hostname or "") in ("127.0.0.1", "localhost", "::1")
-        http_client = httpx2.Client(timeout=SECONDS, follow_redirects=False, trust_env=not local)
+        http_client = httpx2.Client(
+            timeout=SECONDS,
+            follow_redirects=False,  # it would send the texts to another host
+            trust_env=not is_this_machine(address),
+            headers={"Accept-Encoding": "identity"},
+            event_hooks={"response": [_guard]},
+        )
         self._client = OpenAI(api_key=key, base_url=address, max_retries=TRIES, http_client=http_client)  # a text may be asked about twice
-        self._db = sqlite3.connect(path or ":memory:", isolation_level=None)
+        self._db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
         self._db.execute(SCHEMA)
+        self._alone = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -84,9 +107,13 @@ class Moderator:
         """Which of the texts are not to be used.
 
         Raises:
-            UserError: the endpoint does not answer. What it answered before is kept.
+            Unavailable: the endpoint does not answer. What it answered before is kept.
         """
-        keys = {text: hashlib.sha256(f"{self._config.model}\0{text}".encode()).digest() for text in texts}
+        with self._alone:
+            return self._flagged(texts)
+
+    def _flagged(self, texts: Sequence[str]) -> list[bool]:
+        keys = {text: hashlib.sha256(f"{self._config.model}\0{text}".encode(errors="replace")).digest() for text in texts}
         unknown = [text for text, key in keys.items() if self._known(key) is None]
         for chunk in _chunks(unknown):
             verdicts = self._ask(chunk)
@@ -105,12 +132,88 @@ class Moderator:
             results = _Reply.model_validate_json(reply.content).results
         except (APIError, ValidationError) as error:
             what = f"the endpoint does not answer ({type(error).__name__})"
-            raise UserError("cleaning.moderation", what, "run the same command again, or leave it out") from error
+            raise Unavailable("cleaning.moderation", what, "run the same command again, or leave it out") from error
         if len(results) != len(texts):
             what = f"the endpoint gave {len(results)} verdicts on {len(texts)} texts"
-            raise UserError("cleaning.moderation", what, "name an endpoint that serves OpenAI's /moderations")
+            raise Unavailable("cleaning.moderation", what, "name an endpoint that serves OpenAI's /moderations")
         return [result.flagged for result in results]
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     return (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
+
+
+def _guard(response: httpx2.Response) -> None:
+    """Looks at a reply before its body is read."""
+    response.stream = _Capped(cast(httpx2.SyncByteStream, response.stream))
+
+
+class _Capped(httpx2.SyncByteStream):
+    """A reply's bytes, as long as they are not too many."""
+
+    def __init__(self, stream: httpx2.SyncByteStream):
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for chunk in self._stream:
+            size += len(chunk)
+            if size > MAX_REPLY:
+                raise Unavailable("cleaning.moderation", f"the endpoint's reply has more than {MAX_REPLY} bytes", "name another one")
+            yield chunk
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def moderation_of(own: ModerationConfig | None, address: str) -> ModerationConfig:
+    """Whom to ask about what a student says.
+
+    Args:
+        own: the section `cleaning.moderation` of the run.
+        address: `run` for that, or the address of another endpoint, which is asked with the rest of the section.
+
+    Raises:
+        UserError: the run has no such section, or the address is none to send texts to.
+    """
+    if address != RUN:
+        return ModerationConfig(**(own or ModerationConfig()).model_dump() | {"base_url": address})
+    if own is None:
+        raise UserError("--moderation", "the run's config has no `cleaning.moderation`", "give the address of an endpoint")
+    return own
+
+
+def moderated(complete: Complete, flagged: Flagged) -> Complete:
+    """`complete`, none of whose text is given before it was judged.
+
+    An answer comes sentence by sentence, each when all of the answer up to its end has passed. One that is flagged ends there, with
+    `content_filter`; what had passed before was given already. Where the endpoint does not answer, nothing is given.
+    """
+
+    def checked(ask: Ask) -> Generator[Piece, None, None]:
+        held = dict[int, list[Piece]]()
+        given, over = dict[int, str](), set[int]()
+        with closing(complete(ask)) as pieces:
+            for piece in pieces:
+                choice = piece.choice
+                if choice in over:
+                    continue
+                waiting = [*held.pop(choice, []), piece]
+                text = "".join(each.text for each in waiting)
+                if not (piece.finish or SENTENCE.search(text) or len(text) > HELD):
+                    held[choice] = waiting
+                    continue
+                said = given.get(choice, "") + text
+                if text.strip() and flagged([said])[0]:
+                    cost = sum(each.completion_tokens for each in waiting)
+                    yield Piece(choice=choice, text="", finish="content_filter", prompt_tokens=piece.prompt_tokens, completion_tokens=cost)
+                else:
+                    given[choice] = said
+                    yield from waiting
+                    if not piece.finish:
+                        continue
+                over.add(choice)
+                if len(over) == ask.n:
+                    return
+
+    return checked

@@ -25,6 +25,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 USUAL = "train"  # the split that is read where there are several and none is named
 
+MAX_LINE = 16 * 2**20  # characters: a text is read no further, whatever a small file unpacks to
+
 Row = dict[str, Any]
 
 
@@ -97,7 +99,11 @@ def _json_rows(path: str) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with _open(path) as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), ""), start=1):
+                if len(line) > MAX_LINE:
+                    raise UserError(
+                        f"{path}, line {number}", f"has more than {MAX_LINE} characters", "leave it out, or break it into lines"
+                    )
                 if line.strip():
                     yield f"{path}, line {number}", _json_row(line, f"{path}, line {number}")
     except UnicodeDecodeError as error:

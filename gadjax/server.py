@@ -16,7 +16,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-from gadjax.completions import Complete, Piece, read_request, stream, whole
+from gadjax.completions import Complete, Piece, Unavailable, read_request, stream, whole
 from gadjax.errors import UserError
 
 HOST = "127.0.0.1"
@@ -87,6 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
             act()
         except _Refusal as refusal:
             self._send(refusal.status, _error(refusal.status, str(refusal)))
+        except Unavailable as lack:
+            log.error("%r", str(lack))
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, _error(HTTPStatus.SERVICE_UNAVAILABLE, FAULT))
         except UserError as mistake:
             self._send(HTTPStatus.BAD_REQUEST, _error(HTTPStatus.BAD_REQUEST, str(mistake), mistake.where))
         except (ConnectionError, TimeoutError):

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any, cast
 
-import jinja2
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -118,7 +117,7 @@ class Text:
             rendered = self._tokenizer.apply_chat_template(
                 marked, chat_template=self._source, tokenize=False, add_generation_prompt=header, **self._arguments
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a stranger's template, in the sandbox that transformers puts it in, raises what it likes
             raise UserError(WHERE, f"its chat template refuses the messages ({error})", "leave such prompts out") from error
         head, *parts = re.split(f"({EDGE}?){self._nonce}:([0-9]+):({EDGE}?)", cast(str, rendered))
         pieces: list[tuple[str, int | None]] = [(head, None)]

@@ -71,7 +71,7 @@ def test_the_provider_tells_hosts_apart_and_no_ports_or_secrets() -> None:
     assert provider("http://localhost:8000/v1") == provider("http://localhost:9000/v1/") == "openai:localhost/v1"
     assert provider("https://other.example/v1") != provider("http://localhost/v1")
     for address in ("https://user:secret@host/v1", "https://host/v1?key=secret", "host/v1", "ftp://host"):
-        with pytest.raises(ValueError, match="base_url"):
+        with pytest.raises(UserError, match="base_url"):
             TeacherConfig(base_url=address)
 
 

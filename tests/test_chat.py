@@ -13,7 +13,7 @@ from rich.console import Console
 from gadjax import cli
 from gadjax.chat import Chat
 from gadjax.completions import Ask, Piece
-from gadjax.terminal import harmless
+from gadjax.foreign import harmless
 from tests import tiny
 
 HOSTILE = "a\x1b[2Jb\x07\r\x9b5n\u202e\x00\x7f 漢字\n\tz"

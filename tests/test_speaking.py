@@ -6,13 +6,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 import yaml
 
-from gadjax.completions import Ask, Finish, Piece
+from gadjax.completions import Ask, Piece
 from gadjax.errors import UserError
 from gadjax.rollout.live import Heard
 from gadjax.runs import Run
@@ -70,7 +70,7 @@ def text_of(pieces: list[Piece], choice: int = 0) -> str:
 # --- text --------------------------------------------------------------------------------------------------------------
 
 
-def heard(text: Text, said: str, size: int, ended: Finish = "stop") -> list[Heard]:
+def heard(text: Text, said: str, size: int, ended: Literal["stop", "length"] = "stop") -> list[Heard]:
     """A text as it comes from the decoder, `size` tokens at a time."""
     ids = [*text.response_ids(said, 10_000, truncated=True), *[text.end_of_turn] * (ended == "stop")]
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]

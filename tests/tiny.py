@@ -29,6 +29,8 @@ stages:
      validate_every: 3, discriminator: {learning_rate: 1e-3}}
 evaluation: {validation_groups: 8, batch_groups: 8}
 """
+# In the environment of every process that a test starts; to be found nowhere else.
+SECRETS = {name: f"sk-marked-{name.lower()}-3f9a" for name in ("OPENAI_API_KEY", "HF_TOKEN", "GADJAX_TOKEN")}
 STEPS = {"seqkd": 3, "warmup": 6, "gad": 6}
 COMMON = "batch_groups: 8, learning_rate: 1e-3"  # what the stages of `with_stages` are written with to be compiled once
 SAMPLING = f"{COMMON}, group_size: 2"
@@ -67,13 +69,17 @@ class Tiny:
     @property
     def environment(self) -> dict[str, str]:
         """Of a process of its own: two devices, and what was compiled before."""
-        return os.environ | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-        }
+        return (
+            os.environ
+            | SECRETS
+            | {
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "PYTHONPATH": str(Path(__file__).parent.parent),
+            }
+        )
 
     def gadjax(self, *arguments: str, program: str = MAIN) -> subprocess.CompletedProcess[str]:
         """`gadjax ARGUMENTS` in a process of its own."""

@@ -9,11 +9,9 @@ from pydantic import Field, field_validator
 from gadjax.data.languages import UNKNOWN, check_installed, language
 from gadjax.data.words import copies, near_copies, overlapping, words
 from gadjax.errors import UserError
-from gadjax.moderation import ModerationConfig
+from gadjax.moderation import Flagged, ModerationConfig
 from gadjax.records import Answer, Prompt
 from gadjax.section import Section
-
-Flagged = Callable[[Sequence[str]], Sequence[bool]]  # which of the texts are not to be used
 
 
 class CleaningConfig(Section):

@@ -210,9 +210,17 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except ValueError:
         manifest = None
     match manifest:
-        case {"files": dict(), "fingerprint": dict(), "digest": str()}:
+        case {"files": dict(files), "fingerprint": dict(), "digest": str()} if files and all(map(_is_file, files.items())):
             return manifest
     raise UserError(str(path), "the file was changed after it was written", _FREEZE_AGAIN)
+
+
+def _is_file(entry: tuple[str, Any]) -> bool:
+    """Whether an entry of a manifest tells of a file in its folder, and nowhere else."""
+    match entry:
+        case (name, {"sha256": str()}):
+            return PurePath(name).name == name and name not in ("", ".", "..", MANIFEST)
+    return False
 
 
 def _sha256(path: Path) -> str:

@@ -28,6 +28,7 @@ from gadjax.types import Params
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen2.FAMILY, qwen3.FAMILY, llama3.FAMILY)}
 
 WHERE = "student.path"
+DTYPES = ("F32", "F16", "BF16", "F64")  # as safetensors names them
 SHARD_BYTES = 5_000_000_000  # of one file of weights, as transformers splits them
 TOGETHER = 1 << 26  # bytes of a parameter that are read at once, if one layer is not more
 # What a tokenizer consists of in a folder; copied as it is from the student to an export.
@@ -124,6 +125,9 @@ def open_weights(folder: Path, family: Family, shapes: Params) -> dict[str, Any]
                 raise UserError(str(folder), f"has no tensor {name}", "take a whole folder, its weights and config.json of one model")
             file, handle = handles[name]
             found = handle.get_slice(name).get_shape()
+            kind = handle.get_slice(name).get_dtype()
+            if kind not in DTYPES:
+                raise UserError(str(file), f"tensor {name} is of type {kind}", f"take a model whose weights are {', '.join(DTYPES)}")
             if found != wanted:
                 raise UserError(str(file), f"tensor {name} is {found}, config.json makes it {wanted}", "mend one of the two")
     return {name: handle for name, (_, handle) in handles.items()}
@@ -143,13 +147,16 @@ def load(folder: Path, family: Family, shapes: Params) -> Params:
         The parameters, in the dtypes of `shapes`.
 
     Raises:
-        UserError: as `open_weights`.
+        UserError: as `open_weights`; or a weight is NaN or infinite.
     """
     handles = open_weights(folder, family, shapes)
     params: Params = {}
     for tensor, leaf in _leaves(family, shapes):
         slices = [handles[name].get_slice(name) for name in tensor.names(leaf.shape[0])]
         array = _read_layers(tensor, leaf, slices) if tensor.stacked else _read(tensor, leaf, slices[0])
+        if not _finite(array):  # the first loss would be none, after hours of rollouts
+            name = tensor.name.format("*")
+            raise UserError(str(folder), f"tensor {name} has values that are no finite numbers", "take a whole copy of the model")
         _put(params, tensor.path, jax.block_until_ready(array))
     return params
 
@@ -176,6 +183,11 @@ def _read_layers(tensor: Tensor, leaf: Any, slices: Sequence[Any]) -> jax.Array:
         whole = jax.block_until_ready(_placed(whole, layers, first))  # else reading runs ahead, and the host holds it all
     assert whole is not None
     return whole
+
+
+@jax.jit
+def _finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 @partial(jax.jit, donate_argnums=0)

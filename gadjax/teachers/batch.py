@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx2
 from openai import APIConnectionError, APIError, APIStatusError, OpenAI
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gadjax.errors import UserError
+from gadjax.foreign import is_this_machine
 from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import Price, TeacherConfig
 from gadjax.teachers.dispatch import LONGEST_WAIT, OnProgress
@@ -78,7 +78,7 @@ def _alone(cache: TeacherCache) -> Iterator[None]:
 
 
 def _client(config: TeacherConfig, key: str) -> OpenAI:
-    local = (urlsplit(config.address).hostname or "") in ("127.0.0.1", "localhost", "::1")
+    local = is_this_machine(config.address)
     http_client = httpx2.Client(timeout=config.timeout, follow_redirects=False, trust_env=not local)
     return OpenAI(api_key=key, base_url=config.address, max_retries=0, http_client=http_client)
 

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from gadjax.errors import UserError
+from gadjax.foreign import check_address
 from gadjax.section import Section
 
 OPENAI = "https://api.openai.com/v1"
@@ -92,6 +93,13 @@ class TeacherConfig(Section):
     retry_wait: float = Field(default=1.0, ge=0)
     path: str | None = None
 
+    @field_validator("base_url")
+    @classmethod
+    def _may_be_sent_to(cls, address: str | None) -> str | None:
+        if address is not None:
+            check_address("teacher.base_url", address)
+        return address
+
     @field_validator("api_key_env")
     @classmethod
     def _is_no_key(cls, name: str) -> str:
@@ -105,11 +113,6 @@ class TeacherConfig(Section):
     def _is_whole(self) -> "TeacherConfig":
         if self.backend == "file" and self.path is None:
             raise ValueError("backend: file needs `path`, the file of the teacher's answers")
-        address = urlsplit(self.base_url or OPENAI)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(f"base_url: {self.base_url} is no address; write one like {OPENAI}")
-        if address.username or address.password or address.query:
-            raise ValueError("base_url: holds a secret or a query; name the key's environment variable in api_key_env")
         return self
 
     @property

@@ -14,6 +14,7 @@ import httpx2
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from gadjax.errors import UserError
+from gadjax.foreign import is_this_machine
 from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.config import PRICES, Price, TeacherConfig
 from gadjax.teachers.dispatch import Dispatcher, OnProgress, run_to_its_end
@@ -96,12 +97,12 @@ class Endpoint:
         self._replied = False
 
     async def __aenter__(self) -> Self:
-        config, host = self._config, urlsplit(self._config.address).hostname or ""
+        config = self._config
         http_client = httpx2.AsyncClient(
             timeout=config.timeout,
             limits=httpx2.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
             follow_redirects=False,  # it would send the prompt to another host
-            trust_env=host not in ("127.0.0.1", "localhost", "::1"),  # no proxy lies between a machine and itself
+            trust_env=not is_this_machine(config.address),  # no proxy lies between a machine and itself
             headers={"Accept-Encoding": "identity"},
             event_hooks={"response": [self._guard]},
         )

@@ -19,6 +19,7 @@ from gadjax.teachers.requests import Outcome, Request
 
 LONGEST_RETRY_AFTER = 300.0  # seconds
 FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")  # codes of a request that is refused for its content
+SHORTEST_KEY = 16  # characters
 TRANSIENT = (408, 409, 425, 429)
 NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated", "insufficient_balance")
 BAD_KEY = ("invalid_api_key", "invalid_authentication", "authentication_error", "permission_error")
@@ -111,7 +112,7 @@ class Replies:
         full = usage is not None and usage.completion_tokens >= request.parameters["max_tokens"]
         return Outcome(
             state="refused" if refusal else "ok",
-            text=text or choice.message.refusal or "",
+            text=self._without_key(text or choice.message.refusal or ""),
             finish_reason="length" if full and choice.finish_reason == "stop" else choice.finish_reason,
             prompt_tokens=usage.prompt_tokens if usage else 0,
             completion_tokens=usage.completion_tokens if usage else 0,
@@ -165,6 +166,10 @@ class Replies:
         if status in (401, 403) or codes.intersection(BAD_KEY):
             what = f"{self._config.address} refuses the key in {variable} ({reason})"
             raise UserError("teacher.api_key_env", what, "set it to a key that may use the model")
+
+    def _without_key(self, text: str) -> str:
+        """An answer, of which a student may learn: an endpoint that writes the key into it gives it away. (Words are no keys.)"""
+        return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_KEY else text
 
     def plain(self, text: str) -> str:
         """Foreign text for a message or a column: short, printable, without the key."""
