@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,6 +45,7 @@ from gadjax.text import Text
 from tests import tiny
 from tests.desk import Reply, desk, error, good, ok
 
+F32 = jnp.dtype("float32")
 GOLDEN = Path(__file__).parent / "goldens" / "tied"
 PACKAGE = Path(cli.__file__).parent
 KEY = "sk-marked-0123456789abcdef"
@@ -208,10 +210,10 @@ def test_a_folder_s_code_and_pickles_are_not_run() -> None:
     )
     family, dims = read_config(student)
     assert Text.load(str(student)).response_ids("a word", 9)
-    load(student, family, language_model(dims, np.float32).shapes)
+    load(student, family, language_model(dims, F32).shapes)
     (student / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no \*.safetensors file"):
-        load(student, family, language_model(dims, np.float32).shapes)
+        load(student, family, language_model(dims, F32).shapes)
     assert not Path("pwned").exists()
     with pytest.raises(ValueError, match="allow_pickle"):  # the trap is one
         np.load(student / "model.npy")
@@ -283,7 +285,7 @@ def weights(change: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda tenso
 def told_of(model: Path) -> str:
     family, dims = read_config(model)
     with pytest.raises(UserError) as stop:
-        load(model, family, language_model(dims, np.float32).shapes)
+        load(model, family, language_model(dims, F32).shapes)
     return str(stop.value)
 
 
@@ -438,9 +440,9 @@ REQUESTS = st.tuples(st.text(max_size=4), st.text(max_size=4), MESSAGES, PARAMET
 
 
 def request(fields: tuple[str, str, Sequence[Any], Mapping[str, float], int], backwards: bool = False) -> Request:
-    turn: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: dict(reversed(values.items())) if backwards else dict(values)  # noqa: E731
+    turn: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: dict(reversed([*values.items()])) if backwards else dict(values)  # noqa: E731
     provider, model, messages, parameters, sample = fields
-    return Request(provider, model, tuple(map(turn, messages)), turn(parameters), sample)  # type: ignore[arg-type]
+    return Request(provider, model, tuple(map(turn, messages)), turn(parameters), sample)
 
 
 @given(REQUESTS, REQUESTS)
