@@ -191,6 +191,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _inexact_samples_are_weighed(self) -> "Config":
+        for name, stage in self.stages.items():
+            if self.rollout.backend == "remote" and isinstance(stage, GadConfig) and stage.importance_cap is None:
+                where, what = f"stages.{name}.importance_cap", "a remote backend's log-probabilities are not the trainer's"
+                raise UserError(where, what, "give a cap for the samples' weights, such as 2.0")
+        return self
+
+    @model_validator(mode="after")
     def _names_fit(self) -> "Config":
         """Stages start from earlier ones, and the evaluation names stages that are there."""
         if not self.stages:

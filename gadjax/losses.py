@@ -75,6 +75,11 @@ def clipped_surrogate(log_ratio: jax.Array, advantage: jax.Array, clip: float = 
     return loss, (loss != plain).astype(loss.dtype)
 
 
+def truncated_importance(logp_old: jax.Array, logp_sampler: jax.Array, most: float) -> jax.Array:
+    """min(π_old / π_sampler, C) of each token, its weight where another program samples than trains (Ionides 2008)."""
+    return jnp.minimum(jnp.exp(logp_old - logp_sampler), most)
+
+
 def k3(logp_ref: jax.Array, logp: jax.Array) -> jax.Array:
     """KL(student || reference) of each token, estimated by e^d - d - 1 with d = logp_ref - logp (Schulman's k3), bounded."""
     difference = jnp.clip(logp_ref - logp, -K3_DIFFERENCE, K3_DIFFERENCE)

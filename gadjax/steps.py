@@ -35,6 +35,7 @@ from gadjax.rollout.backend import RolloutBackend
 from gadjax.rollout.config import RolloutConfig
 from gadjax.rollout.decode import SamplingPlan
 from gadjax.rollout.engine import Engine
+from gadjax.rollout.remote import Remote
 from gadjax.sharding import jit_on, make_mesh, multiple_of, named_sharding, put, replicated, row_multiple
 from gadjax.types import Cells, PackedRows, Params, Role, Rollout, TrainState
 
@@ -353,7 +354,11 @@ class Sampler:
 
     def __init__(self, models: Models, data: DataConfig, plan: SamplingPlan):
         self._models = models
-        self._backend: RolloutBackend = Engine(models.student, models.mesh, plan, data.max_prompt_tokens, models.rollout)
+        self._backend: RolloutBackend
+        if (remote := models.rollout.remote) is not None:
+            self._backend = Remote(models.student, plan, remote)
+        else:
+            self._backend = Engine(models.student, models.mesh, plan, data.max_prompt_tokens, models.rollout)
 
     def __call__(
         self, params: Params, prompts: Sequence[Sequence[int]], key: jax.Array, step: int, limits_BN: np.ndarray | None = None

@@ -1,5 +1,7 @@
 """Attention with caches against plain softmax attention, written out."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,8 @@ def plain(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray
     return weights @ values / weights.sum(axis=-1, keepdims=True)
 
 
-def test_a_slot_reads_its_prompt_its_response_and_itself():
+@pytest.mark.parametrize("ends", [(0, R), (0, 2, 4, R), (0, 5, R)])
+def test_a_slot_reads_its_prompt_its_response_and_itself(ends):
     prompt_key, prompt_value = normal(3, K, H, P), normal(3, K, P, H)
     response_key, response_value = normal(4, K, H, R) + 50, normal(4, K, R, H) - 50  # what lies beyond a slot's tokens is not seen
     for slot, working in enumerate(SLOTS):
@@ -57,7 +60,9 @@ def test_a_slot_reads_its_prompt_its_response_and_itself():
     positions = jnp.array([slot[2] if slot else R for slot in SLOTS])
 
     attend = jax.jit(decode(places, N, jnp.array(PROMPT_KEYS), positions))
-    out, (new_key, new_value) = attend(query, key, value, ((prompt_key, prompt_value), (response_key, response_value)))
+    blocks = [(response_key[..., first:last], response_value[:, :, first:last]) for first, last in itertools.pairwise(ends)]
+    out, new = attend(query, key, value, ((prompt_key, prompt_value), blocks))
+    new_key, new_value = np.concatenate([keys for keys, _ in new], axis=3), np.concatenate([values for _, values in new], axis=2)
     expected_key, expected_value = response_key.copy(), response_value.copy()
     for slot, working in enumerate(SLOTS):
         if working is None:

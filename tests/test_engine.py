@@ -1,8 +1,10 @@
 """Continuous batching: the same samples whatever the slots, the places for prompts, and when the host looks."""
 
+import math
 import re
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gadjax.models.cache_attention import response_blocks
 from gadjax.models.decoder import DecoderConfig, language_model
 from gadjax.rollout import engine
 from gadjax.rollout.config import RolloutConfig
@@ -176,5 +179,22 @@ def test_the_loop_writes_its_caches_in_place():
     order, resident, state = made._begin(slots // N, slots, *asked, KEY, made._put(0))
     program: Any = made._decode
     text = program.lower(made._weights(params()), resident, order, state, *map(made._put, (slots, 100, 0))).compile().as_text()
-    for shape in (rf"f32\[{slots},2,4,{tokens}\]", rf"f32\[{slots},2,{tokens},4\]"):
+    block, *others = response_blocks(tokens)
+    assert block < tokens and set(others) == {block}
+    for shape in (rf"f32\[{slots},2,4,{block}\]", rf"f32\[{slots},2,{block},4\]"):
         assert re.search(rf"{shape}\S* (fusion|scatter)\(", text) and not re.search(rf"{shape}\S* copy\(", text)
+
+
+def test_logits_stay_divided_over_the_vocabulary():
+    """On devices that share the vocabulary no step gathers [S, V] numbers, whatever their shape and type."""
+    slots, vocabulary = 8, 1024
+    network = language_model(replace(DIMS, vocabulary=vocabulary), jnp.dtype(jnp.float32))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), jax.devices()[:8])
+    made = Engine(network, mesh, PLAN, P, RolloutConfig(slots=slots))
+    order, resident, state = made.resident(B)
+    program: Any = made._decode
+    text = (
+        program.lower(made.weights(network.shapes), resident, order, state, *[jax.ShapeDtypeStruct((), jnp.int32)] * 3).compile().as_text()
+    )
+    gathered = [[int(size) for size in found.split(",") if size] for found in re.findall(r"\[([\d,]*)\]\S* all-(?:gather|to-all)\(", text)]
+    assert gathered and max(map(math.prod, gathered)) < slots // 2 * vocabulary, gathered

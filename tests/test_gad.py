@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from gadjax import losses
 from gadjax.algorithms import gad, seqkd
 from gadjax.algorithms.stage import Guidance
 from gadjax.data.packing import RowShape, pack
@@ -164,6 +165,36 @@ def test_several_updates_per_rollout_clip_where_the_ratio_has_gone_far():
     assert_close(gradient(one.params, two), clipped)
     difference = optax.tree.norm(optax.tree.sub(clipped, plain))
     assert difference > 0.1 * optax.tree.norm(plain), "the clipping changes the update"
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_samples_of_a_backend_that_is_not_exact_are_weighed_by_the_ratio_up_to_a_cap(updates):
+    """Against one that is: each token's surrogate times min(trainer / sampler, C), whatever the sampler said."""
+    own = logps_alone(STUDENT_PARAMS, SAMPLES, TEMPERATURE)
+    cap, noise = 1.25, [np.random.default_rng(index).normal(0, 0.5, len(values)) for index, values in enumerate(own)]
+    told = grouped([(np.asarray(values) - shift).tolist() for values, shift in zip(own, noise, strict=True)])
+    weights = [np.minimum(np.exp(shift), cap) for shift in noise]
+    assert {bool(weight == cap) for each in weights for weight in each} == {True, False}
+    rows, scores = pack(PROMPTS, SAMPLES, ONE_ROW_EACH, told), np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    step = gad.make_student_step(STUDENT, optax.sgd(0.05), temperature=TEMPERATURE, kl_weight=0.0, updates=updates, importance_cap=cap)
+    after, metrics = jax.jit(step)(Role(STUDENT_PARAMS, DESCENT.init(STUDENT_PARAMS)), rows, Guidance(STUDENT_PARAMS, jnp.array(scores)))
+    advantages = np.asarray(losses.group_advantages(jnp.array(scores[:, 1:]))).ravel()
+    count = sum(len(values) for values in own)
+
+    def loss(params: Params) -> jax.Array:
+        total = jnp.zeros(())
+        for index, now in enumerate(logps_alone(params, SAMPLES, TEMPERATURE)):
+            surrogate, _ = losses.clipped_surrogate(now - own[index], jnp.broadcast_to(advantages[index], now.shape))
+            total += jnp.sum(weights[index] * surrogate)
+        return total / count
+
+    params, value = STUDENT_PARAMS, jnp.zeros(())
+    for _ in range(updates):
+        value, grads = jax.jit(jax.value_and_grad(loss))(params)
+        params = jax.tree.map(lambda leaf, grad: leaf - 0.05 * grad, params, grads)
+    assert_close(metrics["student/loss"], value)
+    assert_close(after.params, params)
+    np.testing.assert_allclose(metrics["rollout/logp_gap"], np.mean(np.abs(np.concatenate(noise))), rtol=1e-4)
 
 
 def test_a_stage_makes_the_updates_that_it_says_and_its_schedule_counts_steps():

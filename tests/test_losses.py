@@ -78,3 +78,9 @@ def test_k3_is_e_to_the_d_minus_d_minus_one():
 def test_k3_pulls_towards_the_reference_and_stays_finite():
     grads = jax.grad(lambda logp: losses.k3(jnp.array([math.log(2), -math.log(2), 100.0]), logp).sum())(jnp.zeros(3))
     np.testing.assert_allclose(grads, [-1.0, 0.5, 0.0], atol=1e-6)  # 1 - e^d
+
+
+def test_truncated_importance():
+    """By hand: ratios of 1/2, 1, 3/2 and 4 under a cap of 2."""
+    old, sampler = jnp.log(jnp.array([0.1, 0.3, 0.3, 0.8])), jnp.log(jnp.array([0.2, 0.3, 0.2, 0.2]))
+    np.testing.assert_allclose(losses.truncated_importance(old, sampler, 2.0), [0.5, 1.0, 1.5, 2.0], rtol=1e-6)

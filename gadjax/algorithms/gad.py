@@ -11,7 +11,8 @@ response y and N student responses ŷ_i, sampled at temperature T:
     L_G       = - token-mean[ min(ρ A, clip(ρ, 1 - 0.2, 1 + 0.2) A) ] + β · token-mean[ k3(logp_ref - logp) ]
 
 Where it departs from textbook GRPO: the token mean is over all response tokens of the global batch (no division by each
-response's length); the clip is dual (c = 3 where A < 0); with one update per rollout logp_old = stop_gradient(logp).
+response's length); the clip is dual (c = 3 where A < 0); with one update per rollout logp_old = stop_gradient(logp). Where a sampler's
+probabilities are not the trainer's, each token's surrogate is weighed by min(exp(logp_old - logp_sampler), C), logp_old the trainer's.
 Identical responses of a group get one common score before the advantage, or rounding would become advantages.
 
 Letters: B groups, J = 1 + N responses of a group with the teacher's first, N student responses, M rows, L tokens of a row.
@@ -27,14 +28,7 @@ from pydantic import Field
 from gadjax import losses
 from gadjax.algorithms.balance import BalanceConfig, make_advantages, make_rewards, reward_metrics
 from gadjax.algorithms.forward import accumulate, response_log_probs, response_loss, response_mask, response_scores, sum_over
-from gadjax.algorithms.stage import (
-    Algorithm,
-    DiscriminatorStep,
-    Guidance,
-    OptimizerAt,
-    SamplingStageConfig,
-    StudentStep,
-)
+from gadjax.algorithms.stage import Algorithm, DiscriminatorStep, Guidance, OptimizerAt, SamplingStageConfig, StudentStep
 from gadjax.models.decoder import Network
 from gadjax.optimizer import update
 from gadjax.types import Metrics, MicroBatch, PackedRows, Params, Role
@@ -49,6 +43,7 @@ class GadConfig(SamplingStageConfig):
         group_size: N; at least 2, because an advantage compares responses of one group.
         kl_weight: β.
         updates_per_rollout: optimizer updates on one batch of samples; with more than one, logp_old is the sampler's.
+        importance_cap: C, for a rollout backend that is not exact; logp_old is then the trainer's. None: no weights.
         balance: between the two models.
     """
 
@@ -57,6 +52,7 @@ class GadConfig(SamplingStageConfig):
     group_size: int = Field(default=8, ge=2)
     kl_weight: float = Field(default=0.001, ge=0)
     updates_per_rollout: int = Field(default=1, ge=1)
+    importance_cap: float | None = Field(default=None, ge=1)
     balance: BalanceConfig = BalanceConfig()
 
 
@@ -127,6 +123,7 @@ def make_student_step(
     temperature: float,
     kl_weight: float,
     updates: int = 1,
+    importance_cap: float | None = None,
     balance: BalanceConfig = BalanceConfig(),  # noqa: B008 (it is frozen)
 ) -> StudentStep:
     """Builds `step(student, rows, guidance) -> (student, metrics)`; the rows hold prompt + N students per group.
@@ -138,9 +135,11 @@ def make_student_step(
     def share(values_ML: jax.Array, micro: MicroBatch) -> jax.Array:
         return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.total
 
-    def of_tokens(logp: jax.Array, logp_ref: jax.Array, logp_sampled: jax.Array, advantage: jax.Array) -> Metrics:
-        logp_old = jax.lax.stop_gradient(logp) if updates == 1 else logp_sampled
+    def of_tokens(logp: jax.Array, logp_ref: jax.Array, sampled: jax.Array, before: jax.Array, advantage: jax.Array) -> Metrics:
+        logp_old = jax.lax.stop_gradient(logp) if updates == 1 else before
         surrogate, clipped = losses.clipped_surrogate(logp - logp_old, advantage)
+        if importance_cap is not None:
+            surrogate *= losses.truncated_importance(logp_old, sampled, importance_cap)
         kl = losses.k3(logp_ref, logp)
         return {"student/loss": surrogate + kl_weight * kl, "student/kl": kl, "student/clip_fraction": clipped}
 
@@ -148,26 +147,27 @@ def make_student_step(
         reference, scores_BJ = guidance.reference, guidance.scores_BJ
         assert reference is not None and scores_BJ is not None
         rewards_BN = rewards(scores_BJ, guidance.lengths_BJ)
-        advantages_BN = advantages(rewards_BN, guidance.spread)
+        advantages_BN, first = advantages(rewards_BN, guidance.spread), role.params
+        recomputed = importance_cap is not None and updates > 1
 
         def loss(params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:
             cells = micro.cells
             logp_ref_ML, _ = response_log_probs(network, reference, cells, temperature)
             advantage_ML = advantages_BN[cells.groups_ML, jnp.maximum(cells.responses_ML, 0)]
-            known = (logp_ref_ML, cells.logps_ML, advantage_ML)
+            before_ML = response_log_probs(network, first, cells, temperature)[0] if recomputed else cells.logps_ML
+            known = (logp_ref_ML, cells.logps_ML, before_ML, advantage_ML)
             of_token = lambda *known: of_tokens(*known)["student/loss"]  # noqa: E731
             loss, logp_ML, entropy_ML = response_loss(network, params, cells, temperature, of_token, *known)
             values = of_tokens(logp_ML, *known)
             values |= {"student/entropy": entropy_ML, "rollout/logp_gap": jnp.abs(logp_ML - cells.logps_ML)}
             return loss / micro.total, {name: share(values_ML, micro) for name, values_ML in values.items()}
 
-        gaps: list[jax.Array] = []
         metrics: Metrics = {}
         for _ in range(updates):
-            grads, metrics = accumulate(loss, role.params, rows)
-            role, grad_norm = update(optimizer, role, grads, loss=metrics["student/loss"])
-            gaps.append(metrics["rollout/logp_gap"])
-            metrics = metrics | {"student/grad_norm": grad_norm, "rollout/logp_gap": gaps[0]}
+            grads, new = accumulate(loss, role.params, rows)
+            role, grad_norm = update(optimizer, role, grads, loss=new["student/loss"])
+            gap = metrics.get("rollout/logp_gap", new["rollout/logp_gap"])
+            metrics = new | {"student/grad_norm": grad_norm, "rollout/logp_gap": gap}
         return role, metrics | reward_metrics(rewards_BN)
 
     return step
@@ -182,6 +182,7 @@ def build(config: GadConfig, optimizer_at: OptimizerAt, student: Network, discri
             temperature=config.temperature,
             kl_weight=config.kl_weight,
             updates=config.updates_per_rollout,
+            importance_cap=config.importance_cap,
             balance=config.balance,
         ),
         discriminator=make_discriminator_step(

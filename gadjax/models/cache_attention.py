@@ -4,6 +4,8 @@ Letters: B prompts prefilled together, G places for prompts, N samples of a prom
 tokens, K key/value heads, Q query heads per key/value head, H head width.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +16,8 @@ from gadjax.models.attention import MASKED, Attend, Memory
 PREFILL_BLOCK = 256  # queries of a prompt that are scored together
 RESPONSE_BLOCK = 64  # keys of a response that are read together, or more where responses are long
 RESPONSE_BLOCKS = 8  # no more of these
+
+Block = tuple[jax.Array, jax.Array]  # of a response's cache, keys [S, K, H, t] and values [S, K, t, H]
 
 
 class Part(NamedTuple):
@@ -69,14 +73,30 @@ def prefill(query: jax.Array, key: jax.Array, value: jax.Array, memory: Memory) 
     return out.transpose(0, 3, 1, 2, 4), (key_BKHP, value_BKPH)
 
 
+def response_blocks(tokens: int) -> list[int]:
+    """The sizes of the blocks in which a response's cache of so many tokens is kept."""
+    block = max(RESPONSE_BLOCK, -(-tokens // RESPONSE_BLOCKS))
+    return [min(block, tokens - first) for first in range(0, tokens, block)]
+
+
+def _with(block: Block, first: jax.Array | int, positions_S: jax.Array, key: jax.Array, value: jax.Array) -> Block:
+    """A block that begins at `first`, with the new tokens that belong into it."""
+    keys, values = block
+    every_S, length = jnp.arange(positions_S.shape[0]), values.shape[2]
+    here_S = jnp.where(positions_S >= first, positions_S - first, length)
+    keys = keys.at[every_S, :, :, here_S].set(key, mode="drop", unique_indices=True)
+    return keys, values.at[every_S, :, here_S].set(value, mode="drop", unique_indices=True)
+
+
 def decode(places_S: jax.Array, samples: int, prompt_keys_G: jax.Array, positions_S: jax.Array) -> Attend:
     """One new token in every slot, read against its prompt's cache and its own response's, into which it goes first.
 
     The prompts' keys, [G, K, H, P], and values, [G, K, P, H], are stored once; a prompt's N samples read them in one matrix product,
     for which the slots' queries are put in the order of prompts, and what they read back into the order of slots. The responses' are
-    [S, K, H, R] and [S, K, R, H]; with the new token in them they are what is remembered. (It goes first because the compiler then
-    sees that nobody reads the cache as it was, and writes in place.) They are read block by block up to the longest response; blocks
-    that a slot does not need leave its bits as they are.
+    blocks [S, K, H, t] and [S, K, t, H] of R tokens in all (`response_blocks`); with the new token in them they are what is remembered.
+    (It goes first because the compiler then sees that nobody reads the cache as it was, and writes in place.) Blocks are read up to
+    the longest response, each where it lies: a part of one array would be copied for the product. Blocks that a slot does not need
+    leave its bits as they are.
 
     Args:
         places_S: g * N + n of the slot's sample; at least G * N in an idle slot.
@@ -85,8 +105,8 @@ def decode(places_S: jax.Array, samples: int, prompt_keys_G: jax.Array, position
         positions_S: where in its response's cache the new token goes; nowhere if that is beyond the end.
     """
     places, slots = prompt_keys_G.shape[0], places_S.shape[0]
-    every_S, longest = jnp.arange(slots), jnp.max(positions_S)
-    slots_GN = jnp.zeros(places * samples, jnp.int32).at[places_S].set(every_S, mode="drop").reshape(places, samples)
+    longest = jnp.max(jnp.where(places_S < places * samples, positions_S, 0))
+    slots_GN = jnp.zeros(places * samples, jnp.int32).at[places_S].set(jnp.arange(slots), mode="drop").reshape(places, samples)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
         (prompt_key, prompt_value), response = memory
@@ -100,20 +120,39 @@ def decode(places_S: jax.Array, samples: int, prompt_keys_G: jax.Array, position
             apart = part.reshape(places, kv_heads, samples, group, *part.shape[3:]).swapaxes(1, 2)
             return apart.reshape(places * samples, *apart.shape[2:]).at[places_S].get(mode="clip")
 
-        response_key = response[0].at[every_S, :, :, positions_S].set(key, mode="drop", unique_indices=True)
-        response_value = response[1].at[every_S, :, positions_S].set(value, mode="drop", unique_indices=True)
-        length = response_value.shape[2]
-        block = min(length, max(RESPONSE_BLOCK, -(-length // RESPONSE_BLOCKS)))
-
-        def with_block(index: jax.Array, part: Part) -> Part:
-            first = jnp.minimum(index * block, length - block)  # the last block goes back over the one before it
-            at = first + jnp.arange(block)
-            readable = (at >= index * block)[None, :] & (at[None, :] <= positions_S[:, None])
-            keys = jax.lax.dynamic_slice_in_dim(response_key, first, block, axis=3)
-            values = jax.lax.dynamic_slice_in_dim(response_value, first, block, axis=2)
-            return _merge(part, _read(query, keys, values, readable[:, None, None, :]))
-
-        read = jax.lax.fori_loop(0, longest // block + 1, with_block, Part(*jax.tree.map(of_slots, of_prompt)))
-        return (read.out / read.total[..., None]).astype(value.dtype), (response_key, response_value)
+        firsts = itertools.accumulate((values.shape[2] for _, values in response), initial=0)
+        blocks = [_with(block, first, positions_S, key, value) for first, block in zip(firsts, response, strict=False)]
+        of_response = _read_blocks(query, blocks, positions_S, longest)
+        read = _merge(Part(*jax.tree.map(of_slots, of_prompt)), of_response)
+        return (read.out / read.total[..., None]).astype(value.dtype), blocks
 
     return attend
+
+
+def _read_blocks(query: jax.Array, blocks: Sequence[Block], positions_S: jax.Array, longest: jax.Array) -> Part:
+    """`_read` of the blocks up to the longest response. The others count as unreadable: whether one is read changes no bit of a slot
+    that does not need it.
+    """
+    ends = list(itertools.accumulate(values.shape[2] for _, values in blocks))
+    needed = [longest >= end - values.shape[2] for end, (_, values) in zip(ends, blocks, strict=True)]
+    shape = query.shape[:-1]
+
+    def score(keys: jax.Array) -> jax.Array:
+        return jnp.einsum("skqh,skht->skqt", query, keys, preferred_element_type=jnp.float32)
+
+    def no_score(keys: jax.Array) -> jax.Array:
+        return jnp.zeros((*shape, keys.shape[3]), jnp.float32)
+
+    scores = [jax.lax.cond(need, score, no_score, keys) for need, (keys, _) in zip(needed, blocks, strict=True)]
+    readable_ST = jnp.arange(ends[-1])[None, :] <= positions_S[:, None]
+    scores_SKqT = jnp.where(readable_ST[:, None, None, :], jnp.concatenate(scores, axis=-1), MASKED)
+    top = jnp.max(scores_SKqT, axis=-1)
+    weights = jnp.exp(scores_SKqT - top[..., None])
+
+    def add(out: jax.Array, weights: jax.Array, values: jax.Array) -> jax.Array:
+        return out + jnp.einsum("skqt,skth->skqh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+
+    out = jnp.zeros(query.shape, jnp.float32)
+    for need, part, (_, values) in zip(needed, jnp.split(weights, ends[:-1], axis=-1), blocks, strict=True):
+        out = jax.lax.cond(need, add, lambda out, *_: out, out, part, values)
+    return Part(top, jnp.sum(weights, axis=-1), out)

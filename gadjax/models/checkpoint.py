@@ -38,6 +38,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 SCORE = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
 
 
+def family_of(config: DecoderConfig) -> Family:
+    """The family whose decoders are like this one."""
+    return next(each for each in FAMILIES.values() if (each.qkv_bias, each.qk_norm) == (config.qkv_bias, config.qk_norm))
+
+
 def read_config(folder: Path, *, classifier: bool = False) -> tuple[Family, DecoderConfig]:
     """The family and dimensions of the language model, or sequence classifier, in a folder.
 
@@ -224,7 +229,7 @@ def save(
     if is_first():
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-    _save_tensors(beside, family, params, jnp.dtype(dtype), shard_bytes)
+    save_tensors(beside, family, params, jnp.dtype(dtype), shard_bytes)
     if not is_first():
         return
     described = {"dtype": dtype} | family.write(config) | tokens
@@ -239,7 +244,7 @@ def save(
     beside.rename(folder)
 
 
-def _save_tensors(folder: Path, family: Family, params: Params, dtype: np.dtype, shard_bytes: int) -> None:
+def save_tensors(folder: Path, family: Family, params: Params, dtype: np.dtype, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `model.safetensors`, or several files and their index as transformers has them."""
     shards: list[list[tuple[str, Tensor, Callable[[], Any]]]] = [[]]
     sizes = [0]

@@ -14,7 +14,7 @@ class Budget:
 
     Attributes:
         residents: what lies there through the whole stage, by name.
-        rollout: what a rollout adds: caches and a copy of the student in the compute dtype.
+        rollout: what a rollout adds: caches and a copy of the student in the compute dtype, of tied weights two.
         step: what the largest step of training adds at least: two sets of gradients and what a layer's gradient needs of the forward;
             where no compiler tells it, the scores of a layer's attention too.
     """

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gadjax.models.cache_attention import decode, prefill
-from gadjax.models.decoder import Network
+from gadjax.models.decoder import Network, Unrolled
 from gadjax.rollout.sampling import sample
 from gadjax.rollout.slots import Cache, Decoding, Order, Prompts, advanced, refilled
 from gadjax.sharding import constrain
@@ -41,16 +41,37 @@ class SamplingPlan:
 
 
 def make_weights(network: Network) -> Callable[[Params], Params]:
-    """Builds `params -> weights`: what the decode loop reads, in the compute dtype and with a list of layers for the stacked blocks."""
+    """Builds `params -> weights`: what the decode loop reads, in the compute dtype.
+
+    The stacked blocks become a list of layers; and the projection to the vocabulary becomes "head", [D, V], beside the embedding that it
+    may be: on a CPU the product of a few rows with [V, D] takes longer (docs/log.md).
+    """
 
     def weights(params: Params) -> Params:
-        config, dtype = (trunk := network.bind(params).trunk).config, trunk.dtype
-        # Norms are computed in float32.
-        cast = jax.tree.map(lambda leaf, axes: leaf if "norm" in axes else leaf.astype(dtype), params, network.axes)
-        layers = [jax.tree.map(itemgetter(layer), cast["trunk"]["blocks"]) for layer in range(config.layers)]
-        return cast | {"trunk": cast["trunk"] | {"blocks": layers}}
+        model = network.bind(params)
+        cast = network.in_compute_dtype(params)
+        layers = [jax.tree.map(itemgetter(layer), cast["trunk"]["blocks"]) for layer in range(model.trunk.config.layers)]
+        return {"trunk": cast["trunk"] | {"blocks": layers}, "head": model.projection.astype(model.trunk.dtype).T}
 
     return weights
+
+
+def weights_axes(network: Network) -> Params:
+    """The logical axes of what `make_weights` makes."""
+    axes, layers = network.axes, network.bind(network.shapes).trunk.config.layers
+    blocks = [{name: names[1:] for name, names in axes["trunk"]["blocks"].items()}] * layers
+    return {"trunk": axes["trunk"] | {"blocks": blocks}, "head": ("embed", "vocabulary")}
+
+
+def bound(network: Network, weights: Params) -> tuple[Unrolled, Callable[[jax.Array], jax.Array]]:
+    """The trunk, and the projection [S, D] -> [S, V] float32, that read such weights."""
+    layers = weights["trunk"]["blocks"]
+    model = network.bind(network.shapes | {"trunk": weights["trunk"] | {"blocks": layers[0]}})
+
+    def logits(hidden_SD: jax.Array) -> jax.Array:
+        return jnp.einsum("sd,dv->sv", hidden_SD, weights["head"], preferred_element_type=jnp.float32)
+
+    return model.trunk.unrolled(layers), logits
 
 
 def make_prefill(network: Network) -> Callable[[Params, jax.Array], list[Cache]]:
@@ -75,9 +96,7 @@ def make_decode(network: Network, plan: SamplingPlan) -> Callable[..., tuple[Dec
     def run(
         weights: Params, prompts: Prompts, order: Order, state: Decoding, ready: jax.Array, steps: jax.Array, few: jax.Array
     ) -> tuple[Decoding, jax.Array]:
-        layers, samples = weights["trunk"]["blocks"], order.limits_M.shape[0]
-        model = network.bind(weights | {"trunk": weights["trunk"] | {"blocks": layers[0]}})
-        trunk = model.trunk.unrolled(layers)
+        samples, (trunk, logits) = order.limits_M.shape[0], bound(network, weights)
 
         def step(carry: tuple[jax.Array, Decoding]) -> tuple[jax.Array, Decoding]:
             left, state = carry
@@ -91,7 +110,7 @@ def make_decode(network: Network, plan: SamplingPlan) -> Callable[..., tuple[Dec
             memory = list(zip(prompts.caches, slots.caches, strict=True))
             hidden_SD, caches = trunk(slots.input_S, positions_S, attend, memory)
             keys_S = order.keys_M[sample_S]
-            chosen = sample(model.logits(hidden_SD), keys_S, slots.position_S, plan.temperature, plan.top_k, plan.top_p)
+            chosen = sample(logits(hidden_SD), keys_S, slots.position_S, plan.temperature, plan.top_k, plan.top_p)
             return left - 1, advanced(state, caches, *chosen, order.limits_M[sample_S], plan.end_of_turn)
 
         def going(carry: tuple[jax.Array, Decoding]) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from gadjax.models.decoder import Network
 from gadjax.rollout.config import RolloutConfig
-from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill, make_weights
+from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill, make_weights, weights_axes
 from gadjax.rollout.sampling import stream_keys
 from gadjax.rollout.slots import Decoding, Order, Prompts, empty, fewer, kept
 from gadjax.sharding import jit_on, multiple_of, named_sharding, put, replicated, reshaped
@@ -130,11 +130,8 @@ class Engine:
 
     def _weights_layout(self) -> Params:
         """Where the decode loop's weights lie."""
-        axes, layers = self._network.axes, self._network.bind(self._network.shapes).trunk.config.layers
-        blocks = [{name: names[1:] for name, names in axes["trunk"]["blocks"].items()}] * layers
         shapes = jax.eval_shape(make_weights(self._network), self._network.shapes)
-        apart = axes | {"trunk": axes["trunk"] | {"blocks": blocks}}
-        return jax.tree.map(lambda leaf, names: named_sharding(names, leaf.shape, self._mesh), shapes, apart)
+        return jax.tree.map(lambda leaf, names: named_sharding(names, leaf.shape, self._mesh), shapes, weights_axes(self._network))
 
     def _cache_layout(self) -> Any:
         """Where the caches of prompts that were prefilled together lie; there are enough of them to be divided."""

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from gadjax.models.cache_attention import decode
 from gadjax.models.decoder import Network
-from gadjax.rollout.decode import make_prefill, make_weights
+from gadjax.rollout.decode import bound, make_prefill, make_weights
 from gadjax.rollout.sampling import draw, integer_probabilities, nucleus
-from gadjax.rollout.slots import Cache, Prompts, kept, prompts_on_mesh
+from gadjax.rollout.slots import Blocks, Prompts, kept, prompt_caches, prompts_on_mesh, response_caches
 from gadjax.sharding import constrain, jit_on, multiple_of, named_sharding, put, replicated
 from gadjax.types import Params
 
@@ -101,13 +101,12 @@ def sample_each(logits_SV: jax.Array, slots: Slots) -> tuple[jax.Array, jax.Arra
     return token_S, jax.nn.log_softmax(logits_SV, axis=-1)
 
 
-def make_decode(network: Network, samples: int, end_of_turn: int) -> Callable[..., tuple[list[Cache], Looked]]:
+def make_decode(network: Network, samples: int, end_of_turn: int) -> Callable[..., tuple[list[Blocks], Looked]]:
     """Builds `(weights, prompts, caches, slots) -> (caches, looked)`: K steps, or fewer where every slot has come to its end."""
 
-    def run(weights: Params, prompts: Prompts, caches: list[Cache], slots: Slots) -> tuple[list[Cache], Looked]:
-        layers, count = weights["trunk"]["blocks"], slots.going_S.shape[0]
-        model = network.bind(weights | {"trunk": weights["trunk"] | {"blocks": layers[0]}})
-        trunk, likeliest = model.trunk.unrolled(layers), min(LIKELIEST, model.trunk.config.vocabulary)
+    def run(weights: Params, prompts: Prompts, caches: list[Blocks], slots: Slots) -> tuple[list[Blocks], Looked]:
+        count, (trunk, logits) = slots.going_S.shape[0], bound(network, weights)
+        likeliest = min(LIKELIEST, weights["head"].shape[1])
 
         def of_all(logps_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
             top_ST, ids_ST = jax.lax.top_k(logps_SV, likeliest)
@@ -116,13 +115,13 @@ def make_decode(network: Network, samples: int, end_of_turn: int) -> Callable[..
         def of_none(logps_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
             return jnp.zeros((count, likeliest)), jnp.zeros((count, likeliest), jnp.int32)
 
-        def step(carry: tuple[jax.Array, Slots, list[Cache], Looked]) -> tuple[jax.Array, Slots, list[Cache], Looked]:
+        def step(carry: tuple[jax.Array, Slots, list[Blocks], Looked]) -> tuple[jax.Array, Slots, list[Blocks], Looked]:
             index, slots, caches, looked = carry
             # An idle slot writes where the next sample will write first.
             attend = decode(jnp.arange(count), samples, prompts.keys_G, jnp.where(slots.going_S, slots.position_S, 0))
             memory = list(zip(prompts.caches, caches, strict=True))
             hidden_SD, caches = trunk(slots.input_S, slots.offset_S + slots.position_S, attend, memory)
-            token_S, logps_SV = sample_each(model.logits(hidden_SD), slots)
+            token_S, logps_SV = sample_each(logits(hidden_SD), slots)
             top_ST, ids_ST = jax.lax.cond(jnp.any(slots.tells_S), of_all, of_none, logps_SV)
             chosen_S = jnp.take_along_axis(logps_SV, token_S[:, None], axis=-1).squeeze(-1)
             new = (token_S, chosen_S, ids_ST, top_ST)
@@ -142,7 +141,7 @@ def make_decode(network: Network, samples: int, end_of_turn: int) -> Callable[..
     return run
 
 
-def _on_mesh(caches: list[Cache]) -> list[Cache]:
+def _on_mesh(caches: list[Blocks]) -> list[Blocks]:
     return jax.tree.map(lambda cache: constrain(cache, "slots", "kv_heads", None, None), caches)
 
 
@@ -192,17 +191,11 @@ class Live:
             tells_S=no.copy(),
         )
 
-    def _empty(self, network: Network) -> tuple[Prompts, list[Cache]]:
+    def _empty(self, network: Network) -> tuple[Prompts, list[Blocks]]:
         trunk = network.bind(network.shapes).trunk
-        config = trunk.config
-
-        def caches(count: int, tokens: int) -> list[Cache]:
-            shape = (count, config.kv_heads, tokens, config.head_width)
-            return [(jnp.zeros(shape, trunk.dtype).swapaxes(2, 3), jnp.zeros(shape, trunk.dtype)) for _ in range(config.layers)]
-
         none = jnp.zeros(self.places, jnp.int32)
-        prompts = Prompts(caches(self.places, self._prompt_tokens), none, none)
-        return prompts_on_mesh(prompts), _on_mesh(caches(self.places * self.samples, self.response_tokens))
+        prompts = Prompts(prompt_caches(trunk, self.places, self._prompt_tokens), none, none)
+        return prompts_on_mesh(prompts), _on_mesh(response_caches(trunk, self.places * self.samples, self.response_tokens))
 
     @property
     def going(self) -> bool:

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gadjax.models.cache_attention import response_blocks
 from gadjax.models.decoder import Trunk
 from gadjax.sharding import constrain
 
 Cache = tuple[jax.Array, jax.Array]  # one layer's keys [.., K, H, tokens] and values [.., K, tokens, H]
+Blocks = list[Cache]  # the same of responses, a few tokens each
 
 
 class Order(NamedTuple):
@@ -56,13 +58,13 @@ class Slots(NamedTuple):
         sample_S: the slot's sample; M in an idle slot.
         position_S: how many tokens it has.
         input_S: what the slot reads next: the prompt's last token, then the token sampled last.
-        caches: of each layer, for S slots of R tokens: their inputs so far.
+        caches: of each layer, for S slots of R tokens in blocks: their inputs so far.
     """
 
     sample_S: jax.Array
     position_S: jax.Array
     input_S: jax.Array
-    caches: list[Cache]
+    caches: list[Blocks]
 
 
 class Responses(NamedTuple):
@@ -88,19 +90,30 @@ class Decoding(NamedTuple):
     responses: Responses
 
 
+def _cache(trunk: Trunk, count: int, tokens: int) -> Cache:
+    shape = (count, trunk.config.kv_heads, tokens, trunk.config.head_width)
+    return jnp.zeros(shape, trunk.dtype).swapaxes(2, 3), jnp.zeros(shape, trunk.dtype)
+
+
+def prompt_caches(trunk: Trunk, places: int, tokens: int) -> list[Cache]:
+    """Of each layer, empty."""
+    return [_cache(trunk, places, tokens) for _ in range(trunk.config.layers)]
+
+
+def response_caches(trunk: Trunk, slots: int, tokens: int) -> list[Blocks]:
+    """Of each layer, empty, in the blocks that a decode step reads."""
+    return [[_cache(trunk, slots, block) for block in response_blocks(tokens)] for _ in range(trunk.config.layers)]
+
+
 def empty(trunk: Trunk, order: Order, places: int, prompt_tokens: int, slots: int, response_tokens: int) -> tuple[Prompts, Decoding]:
     """G empty places for prompts and S idle slots."""
-    samples, config = order.limits_M.shape[0], trunk.config
-
-    def caches(count: int, tokens: int) -> list[Cache]:
-        shape = (count, config.kv_heads, tokens, config.head_width)
-        return [(jnp.zeros(shape, trunk.dtype).swapaxes(2, 3), jnp.zeros(shape, trunk.dtype)) for _ in range(config.layers)]
+    samples = order.limits_M.shape[0]
 
     def zeros(*shape: int) -> jax.Array:
         return jnp.zeros(shape, jnp.int32)
 
-    prompts = Prompts(caches(places, prompt_tokens), zeros(places), jnp.zeros_like(order.lengths_B))
-    idle = Slots(jnp.full(slots, samples, jnp.int32), zeros(slots), zeros(slots), caches(slots, response_tokens))
+    prompts = Prompts(prompt_caches(trunk, places, prompt_tokens), zeros(places), jnp.zeros_like(order.lengths_B))
+    idle = Slots(jnp.full(slots, samples, jnp.int32), zeros(slots), zeros(slots), response_caches(trunk, slots, response_tokens))
     nothing = zeros(samples, response_tokens)
     responses = Responses(nothing, nothing.astype(jnp.float32), zeros(samples), zeros(samples).astype(bool))
     return prompts_on_mesh(prompts), on_mesh(Decoding(idle, jnp.int32(0), responses))
@@ -145,7 +158,9 @@ def refilled(state: Decoding, order: Order, ready: jax.Array) -> Decoding:
     return on_mesh(state._replace(slots=filled, next=state.next + jnp.sum(taken_S, dtype=jnp.int32)))
 
 
-def advanced(state: Decoding, caches: list[Cache], token_S: jax.Array, logp_S: jax.Array, limit_S: jax.Array, end_of_turn: int) -> Decoding:
+def advanced(
+    state: Decoding, caches: list[Blocks], token_S: jax.Array, logp_S: jax.Array, limit_S: jax.Array, end_of_turn: int
+) -> Decoding:
     """Every slot one token on; those whose sample has ended become idle. What an idle slot would write is dropped."""
     (sample_S, position_S, _, _), responses = state.slots, state.responses
     ended_S = token_S == end_of_turn
