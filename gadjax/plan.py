@@ -53,6 +53,8 @@ def plan(config: Path, overrides: list[str], topology: str, supposed: tuple[int,
         UserError: the topology or the student is not known, or no stage samples.
     """
     loaded, place, texts = load_config(config, overrides), topology_of(topology), Supposed(*supposed)
+    if suggests and not place.compiles:
+        raise UserError("--suggest", f"compiles, and for {place.name} nothing can be", "plan it without, or name a TPU's topology")
     if suggests:
         found = suggest(loaded, place, lambda each: traced_of(each, place, texts))
         print(to_json(found)) if as_json else _show_suggestions(found)
@@ -77,14 +79,17 @@ def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
 def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, Any]:
     """The plan, as `--json` prints it."""
     traced = traced_of(config, topology, texts)
-    budget, limit = budget_of(traced), topology.chip.memory / GIB
+    budget, limit = budget_of(traced, compiles=topology.compiles), topology.chip.memory / GIB
     made: dict[str, Any] = {"fits": False, "topology": topology.name, "chips": topology.chips, "memory_gib": limit}
+    made |= {"compiled": topology.compiles}
     made |= {"arithmetic": asdict(budget) | {"needed_gib": budget.needed}, "counted": COUNTED, "steps": {}, "run": {}}
     if budget.needed > limit:
         return made | {
             "why": f"needs {budget.needed:.1f} GiB a chip by arithmetic, which has {limit:.1f}",
             "knob": knob(budget, config, topology),
         }
+    if not topology.compiles:
+        return made | {"fits": True}
     measured: dict[str, Measured] = {}
     for step in traced.all():
         if topology.name != LOCAL:
@@ -148,6 +153,8 @@ def _bytes_per_group(traced: Traced) -> float:
 def _show(made: dict[str, Any]) -> None:
     console = Console(highlight=False, width=PLAIN_WIDTH)
     verdict = "fits" if made["fits"] else f"does not fit: {made['why']}; change {made['knob']}"
+    if not made["compiled"]:
+        verdict += f"; by arithmetic alone ({made['arithmetic']['needed_gib']:.1f} GiB): nothing is compiled for it"
     console.print(f"{made['topology']}, {made['chips']} chips of {made['memory_gib']:.1f} GiB: {verdict}", markup=False)
     for part in ("residents", "rollout", "step"):
         sizes = ", ".join(f"{name} {size:.2f}" for name, size in made["arithmetic"][part].items())

@@ -21,6 +21,7 @@ TOPOLOGIES = {  # the smallest of v5e:4x4, v6e:4x4, v5e:8x8 and v5p:2x2x4, by me
     "qwen2.5-7b": "v6e:4x4",
     "llama-3.1-8b": "v6e:4x4",
     "qwen2.5-14b": "v5p:2x2x4",
+    "qwen2.5-7b-adapters": "v5e:4x4",
 }
 SMALL = """
 teacher: {backend: tutor, model: tutor}

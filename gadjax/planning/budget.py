@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from gadjax.config import Config
+from gadjax.models.row_attention import QUERIES
 from gadjax.planning.programs import Traced, bytes_on_chip
 from gadjax.planning.topology import GIB, Topology
 
@@ -14,7 +15,8 @@ class Budget:
     Attributes:
         residents: what lies there through the whole stage, by name.
         rollout: what a rollout adds: caches and a copy of the student in the compute dtype.
-        step: what the largest step of training adds at least: two sets of gradients and what a layer's gradient needs of the forward.
+        step: what the largest step of training adds at least: two sets of gradients and what a layer's gradient needs of the forward;
+            where no compiler tells it, the scores of a layer's attention too.
     """
 
     residents: dict[str, float]
@@ -27,8 +29,8 @@ class Budget:
         return sum(self.residents.values()) + max(sum(self.rollout.values()), sum(self.step.values()))
 
 
-def budget_of(traced: Traced) -> Budget:
-    """The arithmetic of a stage that samples."""
+def budget_of(traced: Traced, compiles: bool = True) -> Budget:
+    """The arithmetic of a stage that samples. `compiles`: what it leaves out is told by a compiler."""
     programs, models = traced.programs, traced.programs.models
     student, judge = models.abstract_role(models.student), models.abstract_role(models.discriminator)
     caches = traced.engine.resident(traced.work.groups)
@@ -48,15 +50,25 @@ def budget_of(traced: Traced) -> Budget:
         step={
             "gradients": 2 * bytes_on_chip(student.params) / GIB,
             "activations": tokens * dims.width * 2 * dims.layers * (1 if traced.rematerialise else 12) / GIB,
+            "attention": 0.0 if compiles else _scores(traced, tokens) / GIB,
         },
     )
+
+
+def _scores(traced: Traced, tokens: float) -> float:
+    """Bytes of a layer's scores where attention is in blocks: float32, with the weights that they become and the gradient of these."""
+    data = traced.programs.data
+    return 3 * 4 * tokens * traced.dims.heads * (data.max_prompt_tokens + data.max_response_tokens + QUERIES)
+
+
+_MORE = "take more chips: both models with their optimizers need as much as this, however the work is cut"
 
 
 def knob(budget: Budget, config: Config, topology: Topology) -> str:
     """What to change so that it fits."""
     room = topology.chip.memory / GIB - sum(budget.residents.values())
-    if room <= sum(budget.step.values()) - budget.step["activations"]:
-        return "take more chips: both models with their optimizers need as much as this, however the work is cut"
-    if budget.step["activations"] > room - budget.step["gradients"]:
+    if room <= budget.step["gradients"]:
+        return _MORE if config.adapters else f"train adapters on one frozen base, adapters={{rank: 64}}, or {_MORE}"
+    if budget.step["activations"] + budget.step["attention"] > room - budget.step["gradients"]:
         return "student.rematerialise=true" if not config.student.rematerialise else "shorter rows: a smaller data.row_tokens"
     return "fewer decode slots: a smaller rollout.slots"

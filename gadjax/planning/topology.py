@@ -41,6 +41,8 @@ CHIPS = {
     "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1638e9, links=400e9),
 }
 ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else each of a v4 chip's two cores is one
+# One GPU, by its maker's data sheet; nothing is compiled for it, so that a plan is by arithmetic alone.
+GPUS = {"h100": Chip(memory=80e9, flops=989e12, bandwidth=3350e9, links=450e9)}
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ class Topology:
         name: as the command line has it.
         chip: one of them.
         devices: to compile for, one for each chip.
+        compiles: whether the compiler of these chips is here.
     """
 
     name: str
     chip: Chip
     devices: Sequence[Any]
+    compiles: bool = True
 
     @property
     def chips(self) -> int:
@@ -69,16 +73,19 @@ class Topology:
 
 
 def topology_of(name: str) -> Topology:
-    """The topology `<chip>:<a>x<b>[x<c>]`, or `local` for the devices at hand.
+    """The topology `<chip>:<a>x<b>[x<c>]`, one of `GPUS`, or `local` for the devices at hand.
 
     Raises:
         UserError: the chip is not known, the compiler does not know the topology, or there is no compiler for TPUs.
     """
     if name == LOCAL:
         return Topology(name, _local(), jax.devices())
+    if name in GPUS:
+        return Topology(name, GPUS[name], jax.devices()[:1], compiles=False)
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not shape:
-        raise UserError("--topology", f"{name} is not known", f"write CHIP:SHAPE as v5p:2x2x4, CHIP one of {', '.join(CHIPS)}; or {LOCAL}")
+        others = ", ".join([*GPUS, LOCAL])
+        raise UserError("--topology", f"{name} is not known", f"write CHIP:SHAPE as v5p:2x2x4, CHIP one of {', '.join(CHIPS)}; or {others}")
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **ONE_DEVICE.get(kind, {}))
     except Exception as error:  # the plug-in raises what it likes
