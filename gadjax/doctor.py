@@ -49,20 +49,25 @@ def machine() -> Facts:
 
 
 def needs(config: Config) -> Facts:
-    """What a config needs, by the rules of thumb of full training: parameters with their moments, copies, checkpoints."""
+    """What a config needs, by rules of thumb: what is trained with its moments, copies of all parameters, checkpoints."""
     judged = any(isinstance(stage, SamplingStageConfig) for stage in config.stages.values())
     found: Facts = {"disk_free_gb": _disk_free(config.run.path) / GB}
     found |= _prompts(config) | _teacher(config)
     dims = _dims(config)
     if dims is None:
         return found | {"parameters": None}
-    count = sum(leaf.size for leaf in jax.tree.leaves(language_model(dims, jnp.dtype(jnp.float32)).shapes))
-    roles = 2 if judged else 1
+    count, adapted = (_parameters(each) for each in (dims, dims.adapted(config.adapters)))
+    trained, roles = adapted - count or count, 2 if judged else 1
+    copies = 2 if judged else int(config.adapters is not None)  # of the base or a reference, and for rollouts
     return found | {
         "parameters": count,
-        "device_memory_gb": count * (roles * TRAINED + (2 * COPY if judged else 0)) / GB,
-        "disk_gb": count * roles * TRAINED * KEEP * len(config.stages) / GB,
+        "device_memory_gb": (trained * roles * TRAINED + count * copies * COPY) / GB,
+        "disk_gb": trained * roles * TRAINED * KEEP * len(config.stages) / GB,
     }
+
+
+def _parameters(dims: DecoderConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(language_model(dims, jnp.dtype(jnp.float32)).shapes))
 
 
 def _dims(config: Config) -> DecoderConfig | None:

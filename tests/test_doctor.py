@@ -51,6 +51,10 @@ def test_needs_follow_the_parameters():
     assert one["device_memory_gb"] == 12 * count / 1e9
     assert both["device_memory_gb"] == (24 + 4) * count / 1e9
     assert both["disk_gb"] == 3 * 2 * 24 * count / 1e9
+    adapted = needs(make_config(TUTORED | {"student": SMALL, "adapters": {"rank": 4}}))
+    own = 4 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32))  # A and B of queries and outputs, keys and values, the feed-forward layers
+    assert adapted["parameters"] == count and adapted["device_memory_gb"] == (24 * own + 4 * count) / 1e9
+    assert adapted["disk_gb"] == 3 * 2 * 24 * own / 1e9
 
 
 def test_what_is_missing_is_told_with_the_mend(monkeypatch: pytest.MonkeyPatch):
