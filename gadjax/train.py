@@ -37,6 +37,8 @@ Floats = dict[str, float]
 Write = Callable[[int, Floats], None]
 TRAINED = ("student/", "discriminator/", "rollout/logp_gap")  # what must be finite in every step
 SKIPS = 10  # steps in a row that may be skipped
+ANSWERS = "answers"  # in a stage's folder: what it answered to a few held-out prompts at every validation
+REFRESH = 60.0  # seconds after which new numbers are shown, validated or not
 
 
 class Stopwatch:
@@ -52,6 +54,10 @@ class Stopwatch:
         self.seconds[f"time/{name}_seconds"] = self.seconds.get(f"time/{name}_seconds", 0.0) + now - self._last
         self._last = now
 
+    def skip(self) -> None:
+        """Counts the time since the last lap nowhere: it was another step's."""
+        self._last = time.perf_counter()
+
 
 @dataclass
 class Pending:
@@ -62,12 +68,14 @@ class Pending:
         device: metrics on the device; they are ready when the student's update is.
         watch: of this step.
         open: whether its last lap, the student's, is still to be ended.
+        follower: the step that was started after it.
     """
 
     host: Floats
     device: dict[str, Any]
     watch: Stopwatch
     open: bool
+    follower: "Pending | None" = None
 
     def wait(self) -> None:
         """Waits for the device and ends the last lap."""
@@ -75,6 +83,8 @@ class Pending:
             jax.block_until_ready(self.device)
             self.watch.lap("student")
             self.open = False
+            if self.follower is not None:
+                self.follower.watch.skip()
 
     def fetch(self) -> Floats:
         """All metrics of the step. Of a step that samples, the share in which the devices wait for the host's packing."""
@@ -145,8 +155,11 @@ class Stage:
             student, more = programs.student_step(self.state.student, rows, guidance)
             self.state = self.state._replace(student=student)
             device |= more
-        self.last = Pending(host, device, watch, open=learns)
-        return self.last
+        started = Pending(host, device, watch, open=learns)
+        if self.last is not None:
+            self.last.follower = started
+        self.last = started
+        return started
 
     def _judge(self, rows: PackedRows) -> tuple[jax.Array, dict[str, Any]]:
         """The discriminator's step: scores and metrics. At rate 0 it scores and does not learn."""
@@ -259,10 +272,11 @@ def _nowhere(step: int, metrics: Floats) -> None:
 
 
 def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done: int, total: int, show: Callable[[], None]) -> None:
-    config, validate = stage.programs.stage, Validator(stage.session, stage.programs)
+    config, validate = stage.programs.stage, Validator(stage.session, stage.programs, stage.session.run.stage(stage.name) / ANSWERS)
     doctor = Watch(stage.name, read(stage.session.run.stage(stage.name) / FILE))
     if not done:
-        _write_first(stage, validate(stage.state), write)
+        _write_first(stage, validate(stage.state, 0), write)
+    shown = time.monotonic()
     with track(stage.name, total, done) as advance, _stoppable() as stopping:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
@@ -270,10 +284,13 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             stage.unseen = metrics
             write(step, metrics)
             advance(step, summary(metrics))
-            for news in doctor.see({"step": step} | metrics):
-                say(news)
-            if more:
+            news = doctor.see({"step": step} | metrics)
+            for line in news:
+                say(line)
+            nonlocal shown
+            if more or news or time.monotonic() - shown > REFRESH:
                 show()
+                shown = time.monotonic()
 
         late: Pending | None = None
         for index in range(done, total):
@@ -287,7 +304,8 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             validates, saves = (step % every == 0 or step == total for every in (config.validate_every, config.checkpoint_every))
             stops = stopping()
             if validates or saves or stops:
-                finish(step, pending, validate(stage.state) if validates else {})
+                pending.wait()  # what follows is no part of its time
+                finish(step, pending, validate(stage.state, step) if validates else {})
                 late = None
             if saves or stops:
                 stage.session.run.push()  # first, so that the bucket has the rows of every checkpoint in it
@@ -306,6 +324,15 @@ def _write_first(stage: Stage, first: Floats, write: Write) -> None:
 def _stoppable() -> AbstractContextManager[Callable[[], bool]]:
     """Tells whether to save and end. Of several processes none can save alone: these end at once, and go on from the last checkpoint."""
     return finishing() if jax.process_count() == 1 else nullcontext(lambda: False)
+
+
+def _validated(stage: Stage, validate: Validator, step: int, pending: Pending) -> Floats:
+    """What a validation tells, and its seconds, which begin when the step before it is done."""
+    pending.wait()
+    watch = Stopwatch()
+    seen = validate(stage.state, step)
+    watch.lap("validation")
+    return seen | watch.seconds
 
 
 def refuse_nan(stage: str, step: int, metrics: Floats) -> Floats:

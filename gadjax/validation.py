@@ -1,11 +1,13 @@
 """What a stage is told of held-out groups while it trains."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from gadjax.algorithms.gad import common_scores, score_metrics
 from gadjax.data.packing import Ids, pack
+from gadjax.evaluation.answers import write_answers
 from gadjax.evaluation.measure import measure
 from gadjax.evaluation.samples import MODES
 from gadjax.session import Session
@@ -15,6 +17,7 @@ from gadjax.types import PackedRows, Params, TrainState
 
 Floats = dict[str, float]
 STREAM = 2**31 - 1  # the step whose random streams validation samples from: always the same, and never a training step's
+ANSWERS = 6  # held-out prompts whose answers are kept
 
 
 class Validator:
@@ -24,30 +27,37 @@ class Validator:
     student's answers (`gadjax.evaluation.measure`), and, in a stage with a discriminator,
     `validation/discriminator_accuracy` and `validation/margin` on fresh samples and `discriminator/probe_gap`: the largest
     difference that the discriminator sees between a teacher's answer and its copy in the student's place, which must be 0.
+    The greedy answers to the first prompts are kept in `<step>.jsonl`, as the evaluation keeps its own.
+
+    Args:
+        session: the run.
+        programs: of the stage.
+        kept: the folder of these answers.
     """
 
-    def __init__(self, session: Session, programs: Programs):
+    def __init__(self, session: Session, programs: Programs, kept: Path):
         held_out = session.snapshot.validation
         self._examples = [held_out[index] for index in range(min(session.run.config.evaluation.validation_groups, len(held_out)))]
-        self._session, self._programs = session, programs
+        self._session, self._programs, self._kept = session, programs, kept
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """The metrics by their names."""
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        """The metrics by their names, after so many steps."""
         prompts = [example.tokens.prompt for example in self._examples]
         teacher = [[example.tokens.teacher] for example in self._examples]
         loss = self._programs.teacher_loss(state.student.params, self._placed(pack(prompts, teacher, self._programs.rows(1, len(prompts)))))
-        metrics = {"validation/loss": float(loss)} | self._answers(state.student.params)
+        metrics = {"validation/loss": float(loss)} | self._answers(state.student.params, step)
         if state.discriminator is None:
             return metrics
         return metrics | self._discriminator(state.student.params, state.discriminator.params, prompts, teacher)
 
-    def _answers(self, student: Params) -> dict[str, float]:
+    def _answers(self, student: Params, step: int) -> dict[str, float]:
         """The metrics of the student's answers, on process 0. Only a tutor's need more than the greedy ones."""
         session = self._session
         modes = ["greedy"] if session.tutored is None else MODES
         answers = {mode: session.answerer.answer(student, self._examples, mode) for mode in modes}
         if not is_first():
             return {}
+        write_answers(self._kept / f"{step}.jsonl", {"greedy": answers["greedy"].first(ANSWERS)}, session.tutored is not None)
         measured = measure(answers, session.run.config.evaluation.metrics, session.tutored)
         return {f"validation/{name}": metric.value for name, metric in measured.items()}
 

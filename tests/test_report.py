@@ -135,7 +135,65 @@ def test_styles_are_shares_of_the_samples(run: Path):
 def test_without_the_tutor_there_are_no_styles(run: Path):
     for stage in ("seqkd", "gad"):
         write_answers(run, stage, [answer_row(i, "x") for i in range(3)])
-    assert "Styles" not in page(run).text
+    text = page(run).text
+    assert "style song" not in text and "<h3>Styles" not in text and "Words of an answer" in text and "Markdown" not in text
+
+
+def test_lengths_and_markdown_are_shares_of_the_answers(run: Path):
+    write_answers(run, "seqkd", [answer_row(i, "# One\n- two\n- three" if i else "one") for i in range(3)])
+    write_answers(run, "gad", [answer_row(i, "word " * 40) for i in range(3)])
+    text = page(run).text
+    for told in ("seqkd, with a list: 0.6667", "gad, with a list: 0", "teacher, with a heading: 0", "seqkd, 0–3: 1", "gad, 40–43: 1"):
+        assert told in text, told
+
+
+def keep(run: Path, stage: str, step: int, *texts: str):
+    folder = run / "stages" / stage / "answers"
+    folder.mkdir(exist_ok=True)
+    rows = [{"id": f"p{i}", "messages": [{"role": "user", "content": f"question {i} {HOSTILE}"}]} for i in range(len(texts))]
+    rows = [row | {"teacher": {"text": "taught"}, "greedy": [{"text": text, "tokens": 3}]} for row, text in zip(rows, texts, strict=True)]
+    (folder / f"{step}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_answers_are_followed_through_the_run(run: Path):
+    """The steps of `run` are 1 to 3."""
+    for step, text in ((1, "early"), (2, "same"), (3, "same"), (9, "of another trial")):
+        keep(run, "seqkd", step, text, "other")
+    keep(run, "gad", 3, f"late {HOSTILE}", "other")
+    text = page(run).text
+    section = text[text.index("are told once") : text.index("validation prompts, evenly spread")]
+    order = [
+        "question 0",
+        "taught",
+        "seqkd step 1",
+        "early",
+        "seqkd steps 2 to 3",
+        "same",
+        "gad step 3",
+        "late",
+        "question 1",
+        "steps 1 to 3",
+    ]
+    places = [section.index(told) for told in order]
+    assert places == sorted(places)
+    assert section.count("same") == 1 and "another trial" not in text
+
+
+def test_of_many_answers_the_first_and_the_last_are_among_those_shown(tmp_path: Path):
+    with MetricsLog(tmp_path / "stages" / "gad", tmp_path / "tensorboard") as log:
+        for step in range(100):
+            log.write(step, {"student/loss": 1.0})
+            keep(tmp_path, "gad", step, f"says {step}.")
+    assert re.findall(r"gad step (\d+) says", page(tmp_path).text) == ["0", "19", "39", "59", "79", "99"]
+
+
+def test_where_the_time_went(run: Path):
+    with MetricsLog(run / "stages" / "gad", run / "tensorboard" / "gad") as log:
+        for step in (1, 2):
+            log.write(step, {"time/rollout_seconds": 45.0, "time/student_seconds": 15.0, "time/idle_fraction": 0.5})
+    text = page(run).text
+    assert "gad 75.0% 1 min 30 s 25.0% 30 s 2 min 0 s" in text
+    assert "59 min 40 s went elsewhere" in text
 
 
 def test_only_prompts_that_all_stages_answered_are_shown_and_not_too_many(run: Path):

@@ -192,7 +192,7 @@ def test_what_nobody_waits_for_is_dropped(speaker: Speaker):
 
 
 def test_a_served_student_teaches_another_run(session: Session, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
-    """`gadjax serve` in a process of its own; `gadjax collect` and `prepare` of another run take it for their teacher."""
+    """`gadjax serve` in a process of its own; another run takes it for its teacher and is trained on what it says."""
     first, _ = tiny.finished(tmp_path_factory.getbasetemp())
     heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job ignores it
     command = [sys.executable, "-c", heeding + tiny.MAIN, "serve", str(first.run), "--port", "0", "--best-of", "2", "--prompt-tokens", "64"]
@@ -203,14 +203,16 @@ def test_a_served_student_teaches_another_run(session: Session, tmp_path_factory
         teacher = {"backend": "openai", "model": "tiny/gad", "base_url": found[1], "api_key_env": "GADJAX_TOKEN"}
         teacher |= {"price": {"input": 0.0, "output": 0.0}}
         config = yaml.safe_load(tiny.CONFIG) | {"teacher": teacher, "prompts": {"train": "tutor:6", "validation": "tutor:4"}}
+        config["stages"] = {"seqkd": config["stages"]["seqkd"] | {"max_steps": 1, "batch_groups": 1}}
         config["cleaning"] = {"truncated": "keep"}  # a student of so few steps seldom ends
         second = tiny.Tiny.make(tmp_path_factory.getbasetemp(), "second", yaml.safe_dump(config, sort_keys=False))
-        done = [second.gadjax(part, "tiny.yaml") for part in ("collect", "prepare")]
+        done = [second.gadjax(part, "tiny.yaml") for part in ("collect", "train")]
         served.send_signal(signal.SIGINT)
         rest = served.stderr.read()
     assert served.returncode == 0, rest
     assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
     assert re.search(r"[1-6] groups to train on, [1-4] held out", done[1].stderr), done[1].stderr
+    assert re.search(r"seqkd: 1/1 loss \d", done[1].stderr), done[1].stderr
 
 
 def test_serving_to_others_needs_a_token(session: Session, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """What a stage answered to the validation prompts, in one way of decoding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 
@@ -35,6 +36,10 @@ class Samples:
         columns = (self.teacher, self.texts, self.log_probs, self.lengths, self.truncated)
         if {len(column) for column in columns} != {len(self.prompts)}:
             raise ValueError(f"{len(self.prompts)} prompts have columns of {[len(column) for column in columns]}")
+
+    def first(self, count: int) -> Self:
+        """The first `count` answers, or all where there are fewer."""
+        return type(self)(**{column.name: getattr(self, column.name)[:count] for column in fields(self)})
 
     @property
     def ids(self) -> list[str]:

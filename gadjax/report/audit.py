@@ -15,7 +15,7 @@ from gadjax.data.languages import INSTALLED, UNKNOWN, language
 from gadjax.data.snapshot import Example, Snapshot, Split
 from gadjax.data.words import copies, near_copies, words
 from gadjax.files import replace_file
-from gadjax.report.answers import Answers, read_answers
+from gadjax.report.answers import MARKS, Answers, read_answers
 from gadjax.report.templates import STYLE, TEMPLATES
 from gadjax.teachers.cache import Overview, TeacherCache
 
@@ -30,12 +30,6 @@ DECLINES = re.compile(
     r"|as an ai)\b",
     re.IGNORECASE,
 )
-MARKS = {
-    "with a list": re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE),
-    "with a heading": re.compile(r"^#{1,6} ", re.MULTILINE),
-    "with bold": re.compile(r"\*\*\S"),
-    "with code": re.compile(r"```"),
-}
 
 
 @dataclass(frozen=True)

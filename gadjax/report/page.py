@@ -1,6 +1,9 @@
 """`report/index.html`: one self-contained page about a run, made from the files in its folder. It loads nothing and runs no script."""
 
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,12 @@ from gadjax.errors import UserError
 from gadjax.files import replace_file
 from gadjax.health import episodes
 from gadjax.metrics import Row, read
-from gadjax.report.answers import Answers, examples, read_answers, styles
+from gadjax.report.answers import Answers, evolution, examples, read_answers, styles
 from gadjax.report.charts import COLOURS
 from gadjax.report.curves import MEANINGS, stage_charts, validation_charts
 from gadjax.report.templates import STYLE, TEMPLATES
+
+PART = re.compile(r"time/(.*)_seconds")
 
 
 def write_report(run: Path, stages: Sequence[str], under_way: str | None = None) -> Path:
@@ -51,7 +56,9 @@ def write_report(run: Path, stages: Sequence[str], under_way: str | None = None)
         health=[{"stage": stage, "episodes": _episodes(stage, found)} for stage, found in rows.items()],
         table=table_of(summary) if summary else None,
         tests=[(name, table_of(found)) for name, found in summary.get("tests", {}).items()] if summary else [],
+        time=_time(summary, rows),
         styles=styles(answers, colours),
+        evolution=evolution(run, {stage: [int(row["step"]) for row in found] for stage, found in rows.items()}, colours),
         examples=examples(answers, colours),
         prompts=_prompts(answers),
         validation=validation_charts(rows, colours),
@@ -62,8 +69,8 @@ def write_report(run: Path, stages: Sequence[str], under_way: str | None = None)
 
 def write_page(path: Path, **sections: Any) -> None:
     """Writes a page of those of the sections of `page.html` that are given."""
-    nothing = {"table": None, "styles": None, "settings": None, "reload": False, "data": False, "prompts": 0}
-    lists = {name: [] for name in ("tests", "health", "examples", "validation", "training")}
+    nothing = {"table": None, "time": None, "settings": None, "reload": False, "data": False, "prompts": 0}
+    lists = {name: [] for name in ("health", "tests", "styles", "evolution", "examples", "validation", "training")}
     replace_file(path, TEMPLATES.get_template("page.html").render(nothing | lists | {"style": Markup(STYLE)} | sections))
 
 
@@ -89,6 +96,33 @@ def _facts(summary: Mapping[str, Any] | None, trained: Sequence[str]) -> list[st
     return facts
 
 
+def _time(summary: Mapping[str, Any] | None, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any] | None:
+    """Where the time went: the seconds of each part of the stages' steps, and what is left of the run's."""
+    spent: dict[str, Counter[str]] = {}
+    for stage, found in rows.items():
+        own = Counter[str]()
+        for name, value in (item for row in found for item in row.items()):
+            if (part := PART.fullmatch(name)) and math.isfinite(value):
+                own[part[1]] += value
+        if own.total():
+            spent[stage] = own
+    parts = [*dict.fromkeys(part for own in spent.values() for part in own)]
+    if not parts:
+        return None
+    whole = summary["seconds"] if summary else None
+    known = sum(own.total() for own in spent.values())
+    return {
+        "parts": [(part, 1 + index) for index, part in enumerate(parts)],
+        "stages": [{"name": stage, "total": _duration(own.total()), "parts": _parts(own, parts)} for stage, own in spent.items()],
+        "rest": _duration(whole - known) if whole is not None and whole > known else None,
+    }
+
+
+def _parts(spent: Counter[str], parts: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Of each part: its duration, its share, and its colour."""
+    return [(_duration(spent[part]), f"{spent[part] / spent.total():.1%}", 1 + index) for index, part in enumerate(parts)]
+
+
 def _episodes(stage: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """What was wrong in a stage, as the page tells it."""
     last = int(rows[-1]["step"])
@@ -104,7 +138,7 @@ def _episodes(stage: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _duration(seconds: float) -> str:
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60:.0f} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds % 60:.0f} s"
 
 
 def table_of(summary: Mapping[str, Any]) -> dict[str, Any]:
