@@ -40,6 +40,7 @@ class RunConfig(Section):
         bucket: `gs://bucket/folder` (or a folder that outlives the machine): checkpoints are written there, and the rest is copied there.
         seed: of everything random.
         nonfinite: what NaN or infinity in a step does: `stop`, or `skip` its updates and go on, but not more than ten times in a row.
+        wandb: a project of Weights & Biases that is shown the metrics too (the extra `wandb`).
     """
 
     name: str = "quickstart"
@@ -47,6 +48,7 @@ class RunConfig(Section):
     bucket: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
     nonfinite: Literal["stop", "skip"] = "stop"
+    wandb: str | None = None
 
     @field_validator("name")
     @classmethod

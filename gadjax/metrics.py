@@ -1,7 +1,7 @@
-"""The numbers of a stage, step by step: `metrics.jsonl` for programs and the report, TensorBoard for the eye.
+"""The numbers of a stage, step by step: `metrics.jsonl` for programs and the report, TensorBoard and, on request, W&B for the eye.
 
 `metrics.jsonl` has one object per step: {"step": 7, "student/loss": 1.25, ...}. A value that is not finite is null there,
-and NaN when it is read; TensorBoard does not get it. A step that runs again after an interruption has one row, that of the last time.
+and NaN when it is read; the boards do not get it. A step that runs again after an interruption has one row, that of the last time.
 """
 
 import json
@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 
 from gadjax.errors import UserError
 from gadjax.files import replace_file, to_json
+from gadjax.weights_and_biases import Board
 
 FILE = "metrics.jsonl"
 Row = dict[str, float]
@@ -27,15 +28,17 @@ class MetricsLog:
         tensorboard: the folder of the stage's events; TensorBoard shows the folders beside each other as runs.
         after: the step of the checkpoint that the stage goes on from. Rows of later steps are dropped, for these steps come again.
             -1: from the beginning.
+        board: another one that is shown the same; closed with the log.
     """
 
-    def __init__(self, folder: Path, tensorboard: Path, after: int = -1):
+    def __init__(self, folder: Path, tensorboard: Path, after: int = -1, board: Board | None = None):
         path = folder / FILE
         rows = [row for row in read(path) if row["step"] <= after]
         replace_file(path, "".join(f"{to_json(row)}\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(tensorboard), purge_step=after + 1, flush_secs=30)
         self._last = after
+        self._shown = board
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the row of a step, which must be later than all before. It is in the file, whole, when this returns."""
@@ -47,12 +50,16 @@ class MetricsLog:
         for name, value in row.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)
+        if self._shown is not None:
+            self._shown.write(step, row)
         self._last = step
 
     def close(self) -> None:
         """Ends both files; TensorBoard's last events are written here."""
         self._file.close()
         self._board.close()
+        if self._shown is not None:
+            self._shown.close()
 
     def __enter__(self) -> Self:
         return self

@@ -28,12 +28,14 @@ from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.collect import answers
 from gadjax.terminal import say
 from gadjax.text import PromptTooLong, Text
+from gadjax.weights_and_biases import check_installed
 
 WEIGHTS = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]  # what is fetched of a hub repository
 
 
 def check_devices(run: Run) -> None:
-    """Tells whether the mesh fits the devices that are here."""
+    """Tells whether the mesh fits the devices that are here, and the packages that the run needs are there, too."""
+    check_installed(run.config.run.wandb)
     make_mesh(run.config.mesh)
 
 

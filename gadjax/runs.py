@@ -38,6 +38,7 @@ _MAY_CHANGE = (
         "run.folder",
         "run.name",
         "run.nonfinite",
+        "run.wandb",
         "mesh",
         "rollout",
         "student.rematerialise",

@@ -25,6 +25,7 @@ from gadjax.lineage import check_lineage, lineage
 from gadjax.metrics import FILE, MetricsLog, read
 from gadjax.origins import check_base
 from gadjax.records import TokenGroup
+from gadjax.runs import Run
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first, put, replicated
 from gadjax.steps import Programs, responses_of
@@ -32,6 +33,7 @@ from gadjax.stopping import finishing
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
 from gadjax.validation import Validator
+from gadjax.weights_and_biases import Board
 
 Floats = dict[str, float]
 Write = Callable[[int, Floats], None]
@@ -262,9 +264,14 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
             stage.balancer.state, stage.unseen = kept["balance"], kept["unseen"]
             stage.key = session.models.place_key(np.array(kept["key"]))
         with ExitStack() as stack:
-            log = MetricsLog(session.run.stage(name), session.run.folder / "tensorboard" / name, done or -1) if is_first() else None
-            write = stack.enter_context(log).write if log else _nowhere
+            write = stack.enter_context(_log(session.run, name, done or -1)).write if is_first() else _nowhere
             _loop(stage, data, write, checkpoints, done, total, show)
+
+
+def _log(run: Run, name: str, after: int) -> MetricsLog:
+    project = run.config.run.wandb
+    board = Board(project, run.folder, name, run.config.model_dump(mode="json", by_alias=True)) if project else None
+    return MetricsLog(run.stage(name), run.folder / "tensorboard" / name, after, board)
 
 
 def _nowhere(step: int, metrics: Floats) -> None:
@@ -324,15 +331,6 @@ def _write_first(stage: Stage, first: Floats, write: Write) -> None:
 def _stoppable() -> AbstractContextManager[Callable[[], bool]]:
     """Tells whether to save and end. Of several processes none can save alone: these end at once, and go on from the last checkpoint."""
     return finishing() if jax.process_count() == 1 else nullcontext(lambda: False)
-
-
-def _validated(stage: Stage, validate: Validator, step: int, pending: Pending) -> Floats:
-    """What a validation tells, and its seconds, which begin when the step before it is done."""
-    pending.wait()
-    watch = Stopwatch()
-    seen = validate(stage.state, step)
-    watch.lap("validation")
-    return seen | watch.seconds
 
 
 def refuse_nan(stage: str, step: int, metrics: Floats) -> Floats:

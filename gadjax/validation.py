@@ -1,5 +1,6 @@
 """What a stage is told of held-out groups while it trains."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,8 +41,13 @@ class Validator:
         self._examples = [held_out[index] for index in range(min(session.run.config.evaluation.validation_groups, len(held_out)))]
         self._session, self._programs, self._kept = session, programs, kept
 
-    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        """The metrics by their names, after so many steps."""
+    def __call__(self, state: TrainState, step: int) -> Floats:
+        """The metrics by their names, after so many steps, and the seconds that they took."""
+        begun = time.perf_counter()
+        metrics = self._measured(state, step)
+        return metrics | {"time/validation_seconds": time.perf_counter() - begun}
+
+    def _measured(self, state: TrainState, step: int) -> Floats:
         prompts = [example.tokens.prompt for example in self._examples]
         teacher = [[example.tokens.teacher] for example in self._examples]
         loss = self._programs.teacher_loss(state.student.params, self._placed(pack(prompts, teacher, self._programs.rows(1, len(prompts)))))

@@ -1,7 +1,9 @@
 """The pages in docs/ and the README: their commands are understood, their configs are, and their links lead somewhere."""
 
+import io
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,18 @@ import yaml
 
 from gadjax import cli
 from gadjax.config import load_config, make_config
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"^    (gadjax (?!/)[a-z]+ .*)$|`(gadjax [a-z]+ (?:configs|runs)/[^`]*)`", re.M)
-COMMANDS = sorted({match[1] or match[2] for page in PAGES for match in COMMAND.finditer(page.read_text(encoding="utf-8"))})
+COMMANDS = sorted(
+    {(match[1] or match[2]).split("  #")[0].rstrip() for page in PAGES for match in COMMAND.finditer(page.read_text(encoding="utf-8"))}
+)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 NOT_HERE = re.compile(r"=N\b|CONFIG|RUN")  # a word that stands for something
+
+RUN_HERE = re.compile(r"gadjax (?:run|collect|prepare|train|evaluate|report|export|compare|doctor|chat) [^=]*")  # nothing is set anew
 
 
 def given(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, tuple[Any, ...]]:
@@ -39,6 +46,30 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch):
     if config is not None:
         words = [word for argument in arguments if isinstance(argument, list) for word in argument]
         load_config(ROOT / config, [word for word in words if "=" in word])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the one that the pages speak of, where the quickstart is the tiny run, and has been run twice."""
+    experiment, done = tiny.finished(tmp_path_factory.getbasetemp())
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("documented")
+    (folder / "configs").mkdir()
+    (folder / "configs" / "quickstart.yaml").write_text(tiny.CONFIG.replace("name: tiny", "name: quickstart"))
+    for name in ("quickstart", "second"):
+        shutil.copytree(experiment.run, folder / "runs" / name)
+    return folder
+
+
+@pytest.mark.timeout(600)  # it may wait for a whole run
+@pytest.mark.parametrize("command", [command for command in COMMANDS if RUN_HERE.fullmatch(command) and not NOT_HERE.search(command)])
+def test_commands_do_what_they_say(command: str, finished: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those that train nothing anew, on a run that is finished; those that listen are run where they are tested."""
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))  # a chat that is over at once
+    with pytest.raises(SystemExit) as stop:
+        cli.main(shlex.split(command)[1:])
+    assert stop.value.code == 0, command
 
 
 def test_every_page_has_commands_and_every_command_a_page():

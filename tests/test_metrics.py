@@ -8,8 +8,10 @@ from typing import Any, cast
 import pytest
 from tensorboardX.proto import event_pb2
 
+from gadjax import weights_and_biases
 from gadjax.errors import UserError
 from gadjax.metrics import MetricsLog, read
+from gadjax.weights_and_biases import Board, check_installed
 
 
 def log(folder: Path, steps: range, after: int = -1, value: float = 0.5) -> Path:
@@ -106,3 +108,30 @@ def test_tensorboard_does_not_get_nan(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_tensorboard_hides_what_comes_again(tmp_path: Path):
     log(tmp_path, range(6, 7), after=5)
     assert [event.step for event in events(tmp_path / "tensorboard") if event.session_log.status == 1] == [6]
+
+
+def test_weights_and_biases_is_shown_the_same_and_no_key_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    key = "0123456789abcdef" * 2 + "fedcba98"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "mine"
+    for after in (-1, 1):  # the second call goes on
+        board = Board("trials", folder, "gad", {"run": {"seed": 7}})
+        with MetricsLog(folder / "stages" / "gad", folder / "tensorboard", after, board) as metrics:
+            metrics.write(after + 1, {"student/loss": 0.5, "student/kl": math.nan})
+    kept = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    records = [content for file, content in kept.items() if file.suffix == ".wandb"]
+    assert len(records) == 2
+    name = (folder / "stages" / "gad" / "wandb-id").read_bytes()
+    for content in records:
+        assert name in content and b"student/loss" in content and b"mine/gad" in content
+        assert b"student/kl" not in content
+    assert not [file for file, content in kept.items() if key.encode() in content]
+
+
+def test_without_the_package_the_project_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(weights_and_biases, "wandb", None)
+    check_installed(None)
+    with pytest.raises(UserError, match=r"run.wandb: needs the package wandb; pip install 'gadjax\[wandb\]'"):
+        Board("trials", tmp_path, "gad", {})
+    assert not [*tmp_path.iterdir()]

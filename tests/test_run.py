@@ -36,7 +36,7 @@ DISCRIMINATOR = {f"discriminator/{name}" for name in ("loss", "accuracy", "teach
 ROLLOUT = {"rollout/length_mean", "rollout/truncated_fraction", "rollout/tokens_per_second", "time/idle_fraction"}
 MEASURED = {"rouge_l", "overlap_1", "overlap_2", "overlap_3", "overlap_4", "distinct_2", "length_mean"}
 MEASURED |= {"validity", "greedy_validity", "correctness", "reverse_kl"}  # the teacher is the tutor
-VALIDATION = {"validation/loss"} | {f"validation/{name}" for name in MEASURED}
+VALIDATION = {"validation/loss", "time/validation_seconds"} | {f"validation/{name}" for name in MEASURED}
 ADVERSARIAL_VALIDATION = VALIDATION | {"validation/discriminator_accuracy", "validation/margin", "discriminator/probe_gap"}
 
 
@@ -140,6 +140,17 @@ def test_metrics_have_one_row_a_step(run: Path, stage: str):
         names = NAMES[stage] if learns else NAMES[stage] - STUDENT - seconds("student")
         assert set(row) - {"step"} == names | (validation if validated else set())
         assert np.isfinite([value for name, value in row.items() if name != "validation/distinct_2"]).all()  # nobody said two words
+
+
+@pytest.mark.parametrize("stage", tiny.STEPS)
+def test_a_few_answers_are_kept_at_every_validation(run: Path, stage: str):
+    kept = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in (run / "stages" / stage / "answers").iterdir()
+    }
+    assert kept.keys() == {"0", "3"} | {str(tiny.STEPS[stage])}
+    assert all([row["id"] for row in rows] == [row["id"] for row in kept["0"]] and len(rows) == 6 for rows in kept.values())
+    ended = {row["id"]: row["greedy"] for row in map(json.loads, (run / "evaluation" / f"{stage}.jsonl").read_text().splitlines())}
+    assert all(row["greedy"] == ended[row["id"]] for row in kept[str(tiny.STEPS[stage])]), "the last validation is the evaluation"
 
 
 def test_the_models_learn_and_agree_with_the_sampler(run: Path):
