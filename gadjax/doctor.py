@@ -24,7 +24,7 @@ from gadjax.teachers.openai import price_of
 from gadjax.teachers.sources import load_prompts, load_tests
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "grain", "openai", "numpy")
-KEYS = ("OPENAI_API_KEY", "HF_TOKEN", TOKEN)
+KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", TOKEN)
 TRAINED, COPY = 12, 2  # bytes a parameter: float32 with two moments; a bfloat16 copy
 GB = 1e9
 
@@ -41,6 +41,7 @@ def machine() -> Facts:
         "system": platform.platform(),
         "processors": os.cpu_count(),
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB,
+        "disk_free_gb": _disk_free(Path.cwd()) / GB,
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "device_memory_gb": sum(memory) if memory else None,
         "versions": {name: metadata.version(name) for name in LIBRARIES},

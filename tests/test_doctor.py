@@ -16,7 +16,8 @@ SMALL = {"path": None, "random": {"width": 16, "layers": 1, "heads": 2, "kv_head
 @pytest.fixture(autouse=True)
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_the_machine_is_described_without_secrets(capsys: pytest.CaptureFixture[str]):
@@ -25,7 +26,7 @@ def test_the_machine_is_described_without_secrets(capsys: pytest.CaptureFixture[
     assert SECRET not in said
     found = json.loads(said)["machine"]
     assert found["keys_set"]["OPENAI_API_KEY"] is True and found["keys_set"]["HF_TOKEN"] is False
-    assert found["devices"].startswith("8 x ") and found["memory_gb"] > 0.5 and found["versions"]["jax"]
+    assert found["devices"].startswith("8 x ") and found["memory_gb"] > 0.5 and found["disk_free_gb"] > 0 and found["versions"]["jax"]
 
 
 def test_what_a_config_needs_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -35,7 +36,7 @@ def test_what_a_config_needs_is_told_in_words(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     for line in (
         "this machine",
-        "keys set: OPENAI_API_KEY yes, HF_TOKEN no",
+        "keys set: OPENAI_API_KEY yes, HF_TOKEN no, WANDB_API_KEY no",
         "  prompts: 30",
         "  teacher: tutor",
         "nothing that the config needs is",

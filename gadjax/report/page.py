@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,29 +98,30 @@ def _facts(summary: Mapping[str, Any] | None, trained: Sequence[str]) -> list[st
 
 def _time(summary: Mapping[str, Any] | None, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any] | None:
     """Where the time went: the seconds of each part of the stages' steps, and what is left of the run's."""
-    spent: dict[str, Counter[str]] = {}
+    spent: dict[str, dict[str, float]] = {}
     for stage, found in rows.items():
-        own = Counter[str]()
+        own = defaultdict[str, float](float)
         for name, value in (item for row in found for item in row.items()):
             if (part := PART.fullmatch(name)) and math.isfinite(value):
                 own[part[1]] += value
-        if own.total():
+        if sum(own.values()):
             spent[stage] = own
     parts = [*dict.fromkeys(part for own in spent.values() for part in own)]
     if not parts:
         return None
-    whole = summary["seconds"] if summary else None
-    known = sum(own.total() for own in spent.values())
+    totals = {stage: sum(own.values()) for stage, own in spent.items()}
+    rest = summary["seconds"] - sum(totals.values()) if summary else 0.0
     return {
         "parts": [(part, 1 + index) for index, part in enumerate(parts)],
-        "stages": [{"name": stage, "total": _duration(own.total()), "parts": _parts(own, parts)} for stage, own in spent.items()],
-        "rest": _duration(whole - known) if whole is not None and whole > known else None,
+        "stages": [{"name": stage, "total": _duration(totals[stage]), "parts": _parts(own, parts)} for stage, own in spent.items()],
+        "rest": _duration(rest) if rest > 0 else None,
     }
 
 
-def _parts(spent: Counter[str], parts: Sequence[str]) -> list[tuple[str, str, int]]:
+def _parts(spent: Mapping[str, float], parts: Sequence[str]) -> list[tuple[str, str, int]]:
     """Of each part: its duration, its share, and its colour."""
-    return [(_duration(spent[part]), f"{spent[part] / spent.total():.1%}", 1 + index) for index, part in enumerate(parts)]
+    whole, seconds = sum(spent.values()), [spent.get(part, 0.0) for part in parts]
+    return [(_duration(each), f"{each / whole:.1%}", 1 + index) for index, each in enumerate(seconds)]
 
 
 def _episodes(stage: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
