@@ -3,18 +3,21 @@
 Its environment variables hold: `WANDB_API_KEY`, `WANDB_MODE=offline`, `WANDB_ENTITY`.
 """
 
+# pyright: reportMissingImports=false
 import math
 import secrets
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gadjax.errors import UserError
 from gadjax.files import replace_file
 
-wandb: Any = import_module("wandb") if find_spec("wandb") else None
+try:
+    import wandb
+except ImportError:
+    wandb = None
+
 ID = "wandb-id"  # in a stage's folder: one line there for all calls of the same run
 
 
@@ -36,6 +39,7 @@ class Board:
 
     def __init__(self, project: str, folder: Path, stage: str, config: Mapping[str, Any]):
         check_installed(project)
+        assert wandb is not None
         kept = folder / "stages" / stage / ID
         if not kept.exists():
             replace_file(kept, secrets.token_hex(8))

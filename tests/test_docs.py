@@ -23,7 +23,9 @@ COMMANDS = sorted(
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 NOT_HERE = re.compile(r"=N\b|CONFIG|RUN")  # a word that stands for something
 
-RUN_HERE = re.compile(r"gadjax (?:run|collect|prepare|train|evaluate|report|export|compare|doctor|chat) [^=]*")  # nothing is set anew
+RUN_HERE = re.compile(
+    r"gadjax (?:run|collect|prepare|train|evaluate|report|export|compare|doctor|chat) (?:configs|runs)/quickstart[^=]*"
+)  # nothing is set anew
 
 
 def given(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, tuple[Any, ...]]:
