@@ -33,7 +33,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 
 FILES = {
-    "config.json": lambda path: path.write_text(path.read_text().replace("0.02", "0.03")),
+    "config.json": lambda path: path.write_text(path.read_text() + "\n"),
     "tokenizer_config.json": lambda path: path.write_text(path.read_text() + "\n"),
     "tokenizer.json": lambda path: path.write_text(path.read_text() + "\n"),
     "chat_template.jinja": lambda path: path.write_text(path.read_text() + "!"),
