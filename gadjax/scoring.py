@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from gadjax.algorithms import gad
-from gadjax.config import DataConfig
+from gadjax.data.config import DataConfig
 from gadjax.data.packing import Ids, pack
 from gadjax.sharding import replicated
 from gadjax.steps import Models, row_shape

@@ -10,7 +10,8 @@ from typing import Self
 
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.completions import Ask, Finish, Piece, Token
-from gadjax.config import DataConfig, stage_of
+from gadjax.config import stage_of
+from gadjax.data.config import DataConfig
 from gadjax.errors import UserError
 from gadjax.records import Message
 from gadjax.rollout.live import Heard, Live, Wish

@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from gadjax.algorithms import gad, seqkd
 from gadjax.algorithms.registry import ALGORITHMS
 from gadjax.algorithms.stage import Algorithm, SamplingStageConfig, StageConfig
-from gadjax.config import Config, DataConfig
+from gadjax.config import Config
+from gadjax.data.config import DataConfig
 from gadjax.data.packing import RowShape
 from gadjax.errors import UserError
 from gadjax.models.adapters import united, within, without

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from gadjax.algorithms.gad import make_score
-from gadjax.config import DataConfig
+from gadjax.data.config import DataConfig
 from gadjax.data.packing import RowShape, pack
 from gadjax.export import with_padding
 from gadjax.models.cache_attention import prefill

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from gadjax.algorithms.forward import hidden_states, response_log_probs
-from gadjax.config import DataConfig
+from gadjax.data.config import DataConfig
 from gadjax.data.packing import RowShape, pack
 from gadjax.models.decoder import DecoderConfig, discriminator, language_model
 from gadjax.optimizer import OptimizerConfig, make_optimizer

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from gadjax.algorithms import gad, seqkd
 from gadjax.algorithms.gad import GadConfig
 from gadjax.algorithms.stage import Algorithm, Guidance
-from gadjax.config import DataConfig
+from gadjax.data.config import DataConfig
 from gadjax.data.packing import pack
 from gadjax.errors import UserError
 from gadjax.models.decoder import DecoderConfig, discriminator, discriminator_params, language_model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from gadjax.bench import lengths_of
-from gadjax.config import DataConfig
+from gadjax.data.config import DataConfig
 from gadjax.data.packing import RowShape, pack
 
 
