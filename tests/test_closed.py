@@ -36,6 +36,7 @@ from gadjax.moderation import ModerationConfig, Moderator
 from gadjax.records import Answer, Prompt, TokenGroup
 from gadjax.report.audit import write_audit
 from gadjax.rows import MAX_LINE, read_rows
+from gadjax.seals import OWN, guarded
 from gadjax.speaking import Speaker
 from gadjax.teachers import openai as endpoint
 from gadjax.teachers.config import TeacherConfig
@@ -171,10 +172,13 @@ def test_any_address_is_taken_or_refused(address: str) -> None:
     assert told is None or told.startswith("f: ")
 
 
+ENDLESS = b'{"results": [{"flagged": false}]}' + b" " * 2 * moderation.MAX_REPLY
+
+
 def test_the_moderation_follows_no_redirect_and_reads_no_endless_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moderation, "TRIES", 0)
     with desk(lambda text, before: ok(text)) as (other, elsewhere):
-        replies: list[Reply] = [(307, {"Location": f"{elsewhere.base_url}/moderations"}, b""), (200, {}, b" " * 2 * moderation.MAX_REPLY)]
+        replies: list[Reply] = [(307, {"Location": f"{elsewhere.base_url}/moderations"}, b""), (200, {}, ENDLESS)]
         with desk(lambda text, before: replies.pop(0)) as (server, teacher):
             config = ModerationConfig(base_url=teacher.base_url, api_key_env="TEST_KEY")
             for _ in range(2):
@@ -465,25 +469,31 @@ def frozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-@settings(max_examples=60)
-@given(data=st.data())
-def test_no_manifest_but_the_own_is_accepted(frozen: Path, data: st.DataObject) -> None:
-    path = frozen / "manifest.json"
+def check_manifest(data: Path, changed: bytes) -> None:
+    """It is refused in a line, or vouches for the same files. (What it says of their origin is checked by others.)"""
+    path = data / "manifest.json"
     whole = path.read_bytes()
-    at = data.draw(st.integers(0, len(whole) - 1))
-    values = json.loads(whole)
-    mutants = [whole[:at], whole[:at] + data.draw(st.binary(min_size=1, max_size=3)) + whole[at + 1 :], data.draw(st.binary(max_size=40))]
-    files = st.dictionaries(st.sampled_from([*values["files"], "../x", "/etc/passwd", ""]), VALUES | st.just({"sha256": "0"}), max_size=3)
-    mutants.append(json.dumps(values | {data.draw(st.sampled_from([*values])): data.draw(VALUES | files)}).encode())
-    changed = data.draw(st.sampled_from(mutants))
     path.write_bytes(changed)
-    told = mistake_of(Snapshot.open, frozen)
+    told = mistake_of(Snapshot.open, data)
     path.write_bytes(whole)
-    assert told.startswith(str(frozen)) if told else same_manifest(changed, values)
+    hashes = [{name: file["sha256"] for name, file in json.loads(each)["files"].items()} for each in (whole, *[changed] * (not told))]
+    assert told.startswith(str(data)) if told else hashes[0] == hashes[1]
 
 
-def same_manifest(content: bytes, values: dict[str, Any]) -> bool:
-    """Whether a manifest vouches for the same files: white space and what it says of origin and sizes are checked by others."""
-    found = json.loads(content)
-    hashes = [{name: file["sha256"] for name, file in each["files"].items()} for each in (found, values)]
-    return hashes[0] == hashes[1]
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_manifest_with_other_bytes_is_refused(frozen: Path, data: st.DataObject) -> None:
+    whole = (frozen / "manifest.json").read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    other = whole[:at] + data.draw(st.binary(min_size=1, max_size=3)) + whole[at + 1 :]
+    check_manifest(frozen, data.draw(st.sampled_from([whole[:at], other]) | st.binary(max_size=40)))
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_manifest_that_somebody_made_vouches_for_no_other_files(frozen: Path, data: st.DataObject) -> None:
+    own = {name: value for name, value in json.loads((frozen / "manifest.json").read_bytes()).items() if name != OWN}
+    names = st.sampled_from([*own["files"], "../data.txt", "/etc/passwd", "", ".", "..", "manifest.json"])
+    entries = st.sampled_from([*own["files"].values(), {"sha256": "0"}, {"sha256": None}, {}, None, 1, "x", ["sha256"]])
+    files = st.dictionaries(names, entries, max_size=4) | VALUES
+    check_manifest(frozen, guarded(own | {"files": data.draw(files)}).encode())
