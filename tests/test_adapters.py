@@ -343,8 +343,9 @@ def test_adapters_of_other_weights_are_refused(session: Session, tmp_path: Path)
     told = r"was trained as adapters of other weights than this run's student has; bring the student's weights back"
     with pytest.raises(UserError, match=told):
         other.student_params("gad")
-    with pytest.raises(UserError, match=told):
-        train_stage(replace(other, run=replace(other.run, config=unfinished(other.run.config))), "gad")
+    shutil.rmtree(copy / "stages" / "gad" / "checkpoints" / "4")
+    with pytest.raises(UserError, match="student"):
+        train_stage(other, "gad")
     config = with_stage(session, str(session.run.folder / "gad"))
     with pytest.raises(UserError, match=told):
         replace(other, run=replace(other.run, config=config)).first_state("next")

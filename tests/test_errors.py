@@ -123,7 +123,7 @@ def test_a_process_of_its_own_says_nothing_else():
         (["teacher.backend=openai", "teacher.api_key_env=TEST_KEY"], "teacher.price: the price of tutor is not known, "),
         (["prompts.train=strange.jsonl"], "prompts: the tutor does not understand 'hello there'; write it like 'Ana asks Ben"),
         (["teacher={backend: file, path: missing.jsonl}"], "teacher.path: there is no file missing.jsonl; correct the path"),
-        (["mesh.data=3"], "mesh: data 3 x fsdp 2 x tensor 1 does not make 8 devices; choose sizes "),
+        (["mesh.data=3"], "mesh: data 3 x fsdp 2 x context 1 x tensor 1 does not make 8 devices; choose sizes "),
         (
             ["stages.gad.batch_groups=-1"],
             "stages.gad.batch_groups: must be greater than or equal to 1 (it is -1); mend it in the config or on",
@@ -246,7 +246,7 @@ def test_an_endpoint_that_is_down(told: Told, command: str):
 
 def test_a_key_that_is_none_is_not_made_known(told: Told, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TEST_KEY", "sécret")
-    message = told("run", "tiny.yaml", FOLDER, ENDPOINT)
+    message = told("run", "tiny.yaml", FOLDER, ENDPOINT.replace("PORT", "9"))
     assert message.startswith("teacher.api_key_env: TEST_KEY holds characters that no key has; ") and "cret" not in message
     assert made() == set()
 

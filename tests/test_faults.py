@@ -180,8 +180,7 @@ import ctypes
 from gadjax import cli, stopping
 stopping.LIMIT = 0.5
 def app(*_, **__):
-    print("stuck", flush=True)
-    ctypes.CDLL(None).system(b"exec sleep 5 >/dev/null 2>&1")  # as a device that does not answer: no handler of Python's runs
+    ctypes.CDLL(None).system(b"echo stuck; exec sleep 5 >/dev/null 2>&1")  # as a device that does not answer: no handler of Python's runs
 cli.app = app
 cli.main([])
 """
