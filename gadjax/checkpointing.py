@@ -52,7 +52,7 @@ class Checkpoints:
         if not read_only:
             self._clear_unsealed()
             wait_for_all()
-        self._manager = self._opened()
+        self._manager = self._opened(clear=not read_only)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -184,11 +184,11 @@ class Checkpoints:
         wait_for_all()
         self._rebuild()
 
-    def _opened(self) -> ocp.CheckpointManager:
+    def _opened(self, clear: bool) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), _Best(self)]),
             create=not self._read_only,
-            cleanup_tmp_directories=not self._read_only,  # of a process that was killed
+            cleanup_tmp_directories=clear,  # of a process that was killed
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
@@ -197,7 +197,7 @@ class Checkpoints:
         with suppress(Exception):  # the failure, which is told already
             self._manager.close()
         self._clear_unsealed()
-        self._manager = self._opened()
+        self._manager = self._opened(clear=False)  # threads of a write that has failed may still be at work there
 
     def _clear_unsealed(self) -> None:
         """Removes what a process that was killed had written and not sealed."""

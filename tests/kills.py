@@ -36,39 +36,52 @@ class Point:
     Attributes:
         target: "module:function", in which it does so.
         when: before or after the function does its work, or when a text that it is to write is half written.
-        hit: the call in which it does so, counted from 1.
+        stage: the first one, and with `step` the first step of it, in which it may.
         number: the signal.
     """
 
     target: str
     when: str = "before"
-    hit: int = 1
+    stage: str = ""
+    step: int = 0
     number: int = signal.SIGKILL
 
 
-POINTS = [  # in the order in which a run comes by
+STAGES = ["", "warmup", "gad"]
+POINTS = [  # in the order in which a run comes by; both stages have a checkpoint every two steps
     Point("gadjax.run:prepare_data", "after"),
-    Point("gadjax.steps:Sampler.__call__", "after", 2),  # a validation samples first
-    Point("gadjax.checkpointing:Checkpoints.save"),
-    Point("gadjax.checkpointing:_Sealing.__init__"),  # while Orbax writes
-    Point("gadjax.checkpointing:seal"),  # committed, not sealed
-    Point("gadjax.train:Stage._judge", "after", 2),
-    Point("gadjax.seals:replace_file", "half"),
-    Point("gadjax.checkpointing:seal", "after"),
-    Point("gadjax.train:Stage.step", "after", 2),  # the student's update is under way
-    Point("gadjax.metrics:MetricsLog.write", "half", 2),
-    Point("gadjax.metrics:MetricsLog.write", "after", 1, signal.SIGTERM),
-    Point("gadjax.train:Pending.fetch", "after"),
-    Point("gadjax.validation:Validator.__call__", "after"),
-    Point("gadjax.checkpointing:Checkpoints.save", "after"),
-    Point("gadjax.evaluate:write_answers", "before", 2),
+    Point("gadjax.checkpointing:Checkpoints.save", "before", "warmup", 2),
+    Point("gadjax.steps:Sampler.__call__", "after", "warmup", 3),
+    Point("gadjax.checkpointing:_Sealing.__init__", "before", "warmup", 3),  # while Orbax writes
+    Point("gadjax.train:Stage._judge", "after", "gad", 3),
+    Point("gadjax.checkpointing:seal", "before", "gad", 3),  # committed, not sealed
+    Point("gadjax.seals:replace_file", "half", "gad", 4),
+    Point("gadjax.checkpointing:seal", "after", "gad", 3),
+    Point("gadjax.train:Stage.step", "after", "gad", 5),  # the student's update is under way
+    Point("gadjax.metrics:MetricsLog.write", "half", "gad", 5),
+    Point("gadjax.metrics:MetricsLog.write", "after", "gad", 5, signal.SIGTERM),
+    Point("gadjax.train:Pending.fetch", "after", "gad", 6),
+    Point("gadjax.validation:Validator.__call__", "after", "gad", 6),
+    Point("gadjax.checkpointing:Checkpoints.save", "after", "gad", 7),
+    Point("gadjax.evaluate:write_answers"),
     Point("gadjax.evaluate:write_answers", "after"),
-    Point("gadjax.run:write_report"),
-    Point("gadjax.report.page:replace_file", "half"),
+    Point("gadjax.run:_report"),
+    Point("gadjax.report.page:replace_file", "half", "gad", 7),
     Point("gadjax.run:export_stage"),
 ]
 ITERATOR = "iterator advance"
-SHORT = [POINTS[index] for index in (1, 3, 5, 6, 8, 9, 10, 14, 17)]  # eight of them kill
+SHORT = [POINTS[index] for index in (2, 3, 4, 6, 8, 9, 10, 14, 16)]  # eight of them kill
+
+
+@dataclass
+class At:
+    """The stage and the step that was begun last in this process."""
+
+    stage: str = ""
+    step: int = 0
+
+
+at = At()
 
 
 def fire(point: Point) -> None:
@@ -80,11 +93,11 @@ def arm(point: Point) -> None:
     """Wraps the point's function."""
     place, _, name = point.target.rpartition(":")
     owner: Any = pkgutil.resolve_name(f"{place}:{name.rpartition('.')[0]}" if "." in name else place)
-    name, count = name.rpartition(".")[2], iter(range(1, 1_000_000))
-    plain = getattr(owner, name)
+    name = name.rpartition(".")[2]
+    plain, first, once = getattr(owner, name), (STAGES.index(point.stage), point.step), iter([True])
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        now = next(count) == point.hit
+        now = (STAGES.index(at.stage), at.step) >= first and next(once, False)
         if now and point.when == "before":
             fire(point)
         if now and point.when == "half":
@@ -120,7 +133,7 @@ def arm_iterator() -> None:
 
         def __next__(self) -> Any:
             found, self._count = next(self._inner), self._count + 1
-            if self._count == 2:
+            if self._count == 2 and at.stage == "gad":
                 os.kill(os.getpid(), signal.SIGKILL)
             return found
 
@@ -138,23 +151,21 @@ def record(kind: str, stage: str, step: int, value: Any) -> None:
 
 def keep_records() -> None:
     """Lets this process write down the sampled ids, scores and metrics of every step that it does, one way or the other."""
-    at = ("", 0)
     step, judge, ids, write = train.Stage.step, train.Stage._judge, train.responses_of, MetricsLog.write
 
     def kept_step(stage: train.Stage, index: int, groups: Any) -> Any:
-        nonlocal at
-        at = (stage.name, index + 1)
+        at.stage, at.step = stage.name, index + 1
         return step(stage, index, groups)
 
     def kept_judge(stage: train.Stage, rows: Any) -> Any:
         scores, metrics = judge(stage, rows)
-        record("scores", *at, np.asarray(jax.device_get(scores), np.float64).tolist())
+        record("scores", at.stage, at.step, np.asarray(jax.device_get(scores), np.float64).tolist())
         return scores, metrics
 
     def kept_ids(rollout: Any) -> Any:
         found = ids(rollout)
-        record("ids", *at, found[0])
-        record("logps", *at, found[1])
+        record("ids", at.stage, at.step, found[0])
+        record("logps", at.stage, at.step, found[1])
         return found
 
     def kept_write(log: MetricsLog, number: int, metrics: Any) -> None:

@@ -79,6 +79,9 @@ def refuse(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # Orbax's
 @pytest.mark.parametrize("where", ["the checkpoint", "the seal"])
 def test_a_checkpoint_that_has_no_room_is_told_and_the_next_one_takes_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
@@ -100,7 +103,7 @@ def test_a_checkpoint_that_has_no_room_is_told_and_the_next_one_takes_its_place(
         assert checkpoints.latest == 3
     if where == "the seal":
         assert "WARNING" in (told := " ".join(capsys.readouterr().err.split())) and "the checkpoint after step 3 is tried" in told
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.whole() == 3
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(3, abstract(state(0)))[0], state(3))

@@ -5,6 +5,7 @@ pytest -s -m slow tests/test_kills.py -k 60_kills        at every named point, t
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,9 @@ def check(tmp_path: Path, kills: int) -> None:
             wrong += differing(one, other)
     print(f"\n{told['kills']} kills, {wrong} differing bits ({compared} records of {len(whole)} compared)")
     assert compared > len(whole), "no step was done again"
+    said = "".join((base / name / "said.txt").read_text() for name in told["runs"])
+    assert len(set(re.findall(r"(\w+): goes on after step (\d)", said))) >= 3, "too few resumed within a stage"
+    assert re.search(r"asked to stop; the checkpoint after step \d is written", said), "SIGTERM saved nothing"
     assert 0 < told["slowest"] < 20, "SIGTERM was not tried, or took too long"
     statuses = {end["status"] for end in told["ends"]}
     assert statuses <= {-9, 143, 0}, told["ends"]
