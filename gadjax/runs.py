@@ -73,6 +73,7 @@ class Clock:
     @contextmanager
     def running(self) -> Iterator["Clock"]:
         """Keeps the file up to date, so that a process that is killed has counted too."""
+        self._keep()  # at once: a copy in a bucket counts only with its clock
         stop = threading.Event()
         thread = threading.Thread(target=self._tick, args=(stop,), daemon=True)
         thread.start()
