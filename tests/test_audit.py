@@ -9,10 +9,12 @@ import pytest
 
 from gadjax.data import languages
 from gadjax.data.snapshot import Example, freeze
+from gadjax.data.topics import NO_TOPIC, Topics
+from gadjax.data.words import words
 from gadjax.records import Answer, Prompt, TokenGroup
-from gadjax.report import audit
-from gadjax.report.audit import Corpus, write_audit
+from gadjax.report.audit import write_audit
 from gadjax.report.page import write_report
+from gadjax.report.traits import Corpus, Trait, goes_on, marks, more_than, surety, traits
 from gadjax.teachers.cache import TeacherCache
 from gadjax.teachers.requests import Outcome, Request
 from tests.test_report import HOSTILE, Page
@@ -42,9 +44,10 @@ def make_run(run: Path, train: Sequence[str], held_out: Sequence[str], student: 
 
 def test_figures_of_answers_are_shares_of_them() -> None:
     answers = ["I'm sorry, no.", "- one\n- two", "- One, two!", "# Title\n**bold** and ```code```", " ".join(["word"] * 10)]
-    figures = Corpus("x", ["p"] * 5, answers, [True, False, False, False, False]).figures
-    figures.pop("in another language than the prompt", None)
-    assert figures == {
+    corpus = Corpus("x", ["p"] * 5, answers, [True, False, False, False, False])
+    found = corpus.figures | {name: f"{count / 5:.1%}" for name, count in corpus.manner.items()}
+    found.pop("in another language than the prompt", None)
+    assert found == {
         "answers": "5",
         "words, mean": "4.4",
         "words, median": "4",
@@ -63,7 +66,66 @@ def test_figures_of_answers_are_shares_of_them() -> None:
 def test_what_the_student_says_more_often_is_ranked_by_how_sure_it_is() -> None:
     ours = {"only ours": 40, "more": 60, "as often": 50, "rare": 2, "less": 10}
     theirs = {"more": 40, "as often": 50, "less": 50}
-    assert audit._more_than(ours, 100, theirs, 100) == [("only ours", "40.0%", "0.0%"), ("more", "60.0%", "40.0%")]
+    assert more_than(ours, 100, theirs, 100) == [("only ours", "40.0%", "0.0%"), ("more", "60.0%", "40.0%")]
+
+
+FRUIT = ["apple pear plum", "pear plum apple grape", "grape apple plum", "plum pear grape", "pear apple grape plum"]
+METAL = ["iron zinc lead", "zinc iron tin", "lead tin iron", "tin zinc lead iron", "iron lead tin zinc"]
+RIVER = ["rhine elbe", "elbe rhine oder", "oder elbe rhine", "rhine oder elbe", "oder rhine elbe"]
+
+
+def test_topics_are_the_words_that_stand_together() -> None:
+    told = [words(f"the answer is {text}") for text in (*FRUIT, *METAL[:4], *RIVER)]
+    topics = Topics.of(told)
+    fruit, metal, river = (topics.assign([words(text)])[0] for text in ("a plum and an apple", "iron", "where the elbe ends"))
+    assert len({fruit, metal, river}) == 3 and topics.assign(told) == [fruit] * 5 + [metal] * 4 + [river] * 5
+    assert {*topics.names[metal].split(", ")} == {"iron", "zinc", "lead", "tin"} and topics.names[river].startswith(
+        ("elbe", "rhine", "oder")
+    )
+    assert topics.assign([words("the answer is no"), []]) == [NO_TOPIC] * 2
+    again = Topics.of(told)
+    assert again.names == topics.names and (again.centres_KV == topics.centres_KV).all()
+
+
+@pytest.mark.parametrize("texts", [[], [[]] * 9, [["alike"]] * 9, [[str(number)] for number in range(9)]])
+def test_where_there_are_no_topics_none_are_made_up(texts: list[list[str]]) -> None:
+    topics = Topics.of(texts)
+    assert topics.names == () and topics.assign([["alike"], []]) == [NO_TOPIC] * 2
+
+
+def test_a_difference_is_marked_when_it_is_sure() -> None:
+    # Log-odds with 0.5 added: log(60.5 / 40.5) - log(40.5 / 60.5) = 0.8027, in errors of sqrt(2 / 60.5 + 2 / 40.5) = 0.2871.
+    assert surety(60, 100, 40, 100) == pytest.approx(0.8027 / 0.2871, rel=1e-3) == -surety(40, 100, 60, 100)
+    names, totals = ["teacher, training", "teacher, held out", "student", "seqkd", "gad"], [1000, 100, 100, 100, 100]
+    lists = Trait("with a list", None, [500, 50, 1, 48, 90])
+    short = Trait("short", None, [500, 50, 45, 52, 20])
+    assert marks(lists, totals, names) == ["", "", "less", "taken on", "more"]
+    assert marks(short, totals, names) == ["", "", "", "", "less"]
+    between = Trait("in between", None, [500, 50, 25, 37, 50])  # seqkd is not surely another than either
+    assert marks(between, totals, names) == ["", "", "less", "", "taken on"]
+    unknown = Trait("with a list", None, [500, 50, 48, 90])  # what was before training
+    assert marks(unknown, totals[:4], ["teacher, training", "teacher, held out", "seqkd", "gad"]) == ["", "", "", "more"]
+    assert goes_on([("Manner", [lists, short])], totals, names) == [
+        ("seqkd", {"taken on": ["manner: with a list"], "more": [], "less": []}),
+        ("gad", {"taken on": [], "more": ["manner: with a list"], "less": ["manner: short"]}),
+    ]
+
+
+def test_a_bias_of_the_data_is_followed_into_the_student() -> None:
+    def corpus(name: str, answers: Sequence[str]) -> Corpus:
+        return Corpus(name, ["tell me of fruit or of metal"] * len(answers), answers, [False] * len(answers))
+
+    biased = [*(f"of course it is {text}" for text in FRUIT * 3), *METAL, *RIVER]  # most speak of fruit, and begin with one phrase
+    corpora = [corpus("teacher, training", biased * 2), corpus("teacher, held out", biased * 2)]
+    corpora += [corpus("student", [*METAL * 8, *RIVER, *RIVER[:4], "no"]), corpus("gad", biased * 2)]
+    by_title = {title: {trait.name: trait for trait in rows} for title, rows in traits(corpora)}
+    assert by_title["Words in a row"]["of course it"].counts == [30, 30, 0, 30]
+    fruit = [trait for name, trait in by_title["Topics"].items() if {*name.split(", ")} & {"apple", "pear", "grape"}]
+    assert [sum(counts) for counts in zip(*(trait.counts for trait in fruit), strict=True)] == [30, 30, 0, 30]
+    assert by_title["Topics"]["none of these"].counts == [0, 0, 1, 0]
+    ((stage, found),) = goes_on([*traits(corpora)], [len(each.answers) for each in corpora], [each.name for each in corpora])
+    assert (stage, found["more"], found["less"]) == ("gad", [], [])
+    assert "words in a row: of course it" in found["taken on"] and any("zinc" in name for name in found["taken on"])
 
 
 def test_the_page_shows_cache_data_and_student_side_by_side(tmp_path: Path) -> None:
@@ -84,11 +146,12 @@ def test_the_page_shows_cache_data_and_student_side_by_side(tmp_path: Path) -> N
         "Answered by: gpt-1 (2)",
         "status 500 2 I will not 1",
         "prompts 1 2 2 4 4",
-        "please 100.0%",
+        "none of these 100.0% 100.0% 100.0% 100.0%",
         "the best of 75.0%",
         "declining (English) 0.0% 0.0% 100.0%",
         "cut off 0.0% 0.0% 100.0%",
         "as an ai 100.0% 0.0%",
+        "gad = taken on from the data – ▲ more often than the teacher –",
     ):
         assert text in page.text, text
     assert page.links == ["index.html"]
