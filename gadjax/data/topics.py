@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -23,6 +24,7 @@ NAMED_BY = 4  # words
 STARTS, ROUNDS, SEED = 4, 30, 2511_10643
 NO_TOPIC = -1
 
+Sparse = Any  # scipy.sparse.csr_array, whose products are not typed
 Floats = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 
@@ -68,7 +70,7 @@ class Topics:
         nearness_TK = self._vectors(texts) @ self.centres_KV.T
         return [int(row.argmax()) if row.max() > 0 else NO_TOPIC for row in nearness_TK]
 
-    def _vectors(self, texts: Sequence[Sequence[str]]) -> sparse.csr_array:
+    def _vectors(self, texts: Sequence[Sequence[str]]) -> Sparse:
         """Unit TF-IDF vectors, with 1 + log(count) for a word's frequency."""
         columns, values, ends = list[int](), list[float](), [0]
         for text in texts:
@@ -81,7 +83,7 @@ class Topics:
         return sparse.csr_array((np.array(values, np.float32), np.array(columns, np.int64), ends), shape=(len(texts), len(self.words)))
 
 
-def _clustered(vectors_TV: sparse.csr_array, count: int, rng: np.random.Generator) -> tuple[float, Floats]:
+def _clustered(vectors_TV: Sparse, count: int, rng: np.random.Generator) -> tuple[float, Floats]:
     """The sum of the texts' nearness to the centres that one start ends in, and these."""
     first = int(rng.integers(vectors_TV.shape[0]))
     centres_KV = vectors_TV[[first]].toarray()
@@ -90,12 +92,12 @@ def _clustered(vectors_TV: sparse.csr_array, count: int, rng: np.random.Generato
         if distance_T.sum() < 1e-6:
             break  # there are no more different texts
         centres_KV = np.concatenate([centres_KV, vectors_TV[[int(rng.choice(len(distance_T), p=distance_T / distance_T.sum()))]].toarray()])
-    nearest_T = None
+    nearest_T = np.array([], np.int64)
     for _ in range(ROUNDS):
         before_T, nearest_T = nearest_T, (vectors_TV @ centres_KV.T).argmax(axis=1)
         if np.array_equal(before_T, nearest_T):
             break
-        members_KT = sparse.csr_array(
+        members_KT: Sparse = sparse.csr_array(
             (np.ones(len(nearest_T), np.float32), (nearest_T, np.arange(len(nearest_T)))), (len(centres_KV), len(nearest_T))
         )
         sums_KV = (members_KT @ vectors_TV).toarray()
@@ -107,5 +109,5 @@ def _clustered(vectors_TV: sparse.csr_array, count: int, rng: np.random.Generato
 def _names(centres_KV: Floats, words: Sequence[str]) -> tuple[str, ...]:
     """The words by which each topic differs most from the mean of all."""
     telling_KV = centres_KV - centres_KV.mean(axis=0) if len(centres_KV) > 1 else centres_KV
-    best_KV = np.argsort(-telling_KV, axis=1, kind="stable")[:, :NAMED_BY]
-    return tuple(", ".join(words[column] for column in row if centre[column] > 0) for row, centre in zip(best_KV, centres_KV, strict=True))
+    best_K4 = np.argsort(-telling_KV, axis=1, kind="stable")[:, :NAMED_BY]
+    return tuple(", ".join(words[int(each)] for each in row if centre[each] > 0) for row, centre in zip(best_K4, centres_KV, strict=True))
