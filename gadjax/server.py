@@ -1,7 +1,8 @@
 """An OpenAI-compatible HTTP server over a function that completes conversations.
 
 POST /v1/chat/completions, streaming or not, and GET /v1/models; every error has OpenAI's shape. It listens on this machine only,
-unless it is given a host and the token that clients must show.
+unless it is given a host and the token that clients must show; and there it answers to this machine's own names only, so that no site
+whose name was made to lead here can have a browser talk to it.
 """
 
 import hmac
@@ -15,6 +16,7 @@ from contextlib import closing
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from gadjax.completions import Complete, Piece, Unavailable, read_request, stream, whole
 from gadjax.errors import UserError
@@ -43,6 +45,7 @@ class _Listener(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], model: str, complete: Complete, max_body: int, token: str | None):
         self.model, self.complete, self.max_body, self.token = model, complete, max_body, token
+        self.names = LOOPBACK if address[0] in LOOPBACK else None  # by which it may be asked, if not by any
         self._connections: set[socket.socket] = set()
         super().__init__(address, _Handler)
 
@@ -81,6 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, path: str, act: Callable[[], None]) -> None:
         try:
+            self._check_name()
             if self.path.partition("?")[0] != path:
                 raise _Refusal(HTTPStatus.NOT_FOUND, f"there is no {self.command} {self.path}")
             self._check_token()
@@ -97,6 +101,18 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception:
             log.exception("a request failed")
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, _error(HTTPStatus.INTERNAL_SERVER_ERROR, FAULT))
+
+    def _check_name(self) -> None:
+        """Whatever the port, for a tunnel has another one; a client that tells no name is no browser."""
+        told = self.headers.get("Host")
+        if told is None or self.server.names is None:
+            return
+        try:
+            name = urlsplit(f"//{told}").hostname
+        except ValueError:
+            name = None
+        if name not in self.server.names:
+            raise _Refusal(HTTPStatus.MISDIRECTED_REQUEST, "this server has another name; ask it as localhost or 127.0.0.1")
 
     def _check_token(self) -> None:
         token, shown = self.server.token, self.headers.get("Authorization", "")

@@ -148,6 +148,35 @@ def test_a_token_is_asked_for_and_others_are_let_in_only_with_one() -> None:
         Server(echo, model="echo", host="0.0.0.0")
 
 
+def status_for(server: Server, name: str, **headers: str) -> int:
+    """What a browser gets that was told that `name` is this machine."""
+    connection = connect(server)
+    connection.request("POST", "/v1/chat/completions", json.dumps(GOOD).encode(), {"Host": name, **headers})
+    response = connection.getresponse()
+    said = json.loads(response.read())
+    connection.close()
+    assert ("choices" in said) == (response.status == 200)
+    return response.status
+
+
+@pytest.mark.parametrize(
+    "name", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example:80", "", "[::1", "0"]
+)
+def test_a_foreign_name_that_was_made_to_lead_here_is_refused(server: Server, name: str) -> None:
+    assert status_for(server, name) == 421
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost:9", "LOCALHOST"])
+def test_this_machine_s_names_are_answered_whatever_the_port(server: Server, name: str) -> None:
+    assert status_for(server, name) == 200
+
+
+def test_where_others_are_let_in_the_token_alone_counts() -> None:
+    with Server(echo, model="echo", host="127.1", token="wonderful") as others:  # which is this machine, but not by its usual name
+        assert status_for(others, "gadjax.example", Authorization="Bearer wonderful") == 200
+        assert status_for(others, "gadjax.example") == 401
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
