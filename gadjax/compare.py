@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gadjax.config import read_values
 from gadjax.errors import UserError
 from gadjax.evaluation.table import print_table
 from gadjax.files import to_json
@@ -25,7 +26,7 @@ def compare(runs: list[Path], stage: str | None, out: Path, as_json: bool) -> No
         if not (folder / CONFIG).is_file():
             raise UserError(str(folder), "is no run", "name a run's folder: runs/quickstart")
     summary = compare_runs(folders, stage)
-    write_comparison(out, folders, summary)
+    write_comparison(out, folders, {name: read_values(folder / CONFIG) for name, folder in folders.items()}, summary)
     if as_json:
         print(to_json(summary))
     else:

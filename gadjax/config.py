@@ -19,6 +19,7 @@ from gadjax.data.cleaning import CleaningConfig
 from gadjax.data.config import DataConfig
 from gadjax.errors import UserError
 from gadjax.evaluation.config import EvaluationConfig
+from gadjax.foreign import read_whole
 from gadjax.models.adapters import AdaptersConfig
 from gadjax.models.fresh import FreshConfig
 from gadjax.optimizer import OptimizerConfig
@@ -216,6 +217,7 @@ def _check_among(field: str, name: str | None, known: list[str], what: str) -> N
 
 
 MOST_VALUES = 10_000
+LONGEST = 2**20  # bytes
 
 
 class _Loader(yaml.SafeLoader):
@@ -264,10 +266,10 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(place, f"is not YAML ({getattr(error, 'problem', None) or error})", "mend it there") from error
 
 
-def _read(file: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A config file's values over those of the file that it extends. `heirs` extend this file."""
+def read_values(file: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config file's values as they stand there, over those of the file that it extends. `heirs` extend this file."""
     try:
-        values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        values = parse_yaml(read_whole(file, "name a config file", LONGEST), str(file))
     except (OSError, UnicodeDecodeError) as error:
         where, mend = (f"{heirs[-1]}: extends", "name a config file beside it") if heirs else ("CONFIG", "name a config file")
         reason = error.strerror if isinstance(error, OSError) else error
@@ -284,7 +286,7 @@ def _read(file: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = (file.parent / parent).resolve()
     if base in (file.resolve(), *heirs):
         raise UserError(f"{file}: extends", f"{parent} extends this file, itself or by others", "break the circle")
-    return _merge(_read(base, (*heirs, file.resolve())), values)
+    return _merge(read_values(base, (*heirs, file.resolve())), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -366,7 +368,7 @@ def make_config(values: dict[str, Any]) -> Config:
 def load_config(file: Path, overrides: list[str]) -> Config:
     """Reads a config file, what it extends, and the overrides of the command line."""
     # Overrides reach into the default stages too.
-    values = {"stages": Config().model_dump(by_alias=True)["stages"]} | _read(file)
+    values = {"stages": Config().model_dump(by_alias=True)["stages"]} | read_values(file)
     for override in overrides:
         values = _override(values, override)
     return make_config(values)

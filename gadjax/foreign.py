@@ -1,7 +1,9 @@
-"""What strangers have written, made harmless for a terminal; and strangers' addresses, those that nothing is sent to."""
+"""What strangers have written, made harmless for a terminal; their files, unless endless; their addresses, unless nothing is sent there."""
 
 import ipaddress
+import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from gadjax.errors import UserError
@@ -11,6 +13,7 @@ TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 METADATA = ("metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal")
 METADATA_ADDRESSES = [ipaddress.ip_address(each) for each in ("100.100.100.200", "fd00:ec2::254", "fd20:ce::254")]
 INSIDE = (".local", ".internal", ".lan", ".localhost")  # endings of names that are known on one's own network alone
+LARGEST = 2**28  # bytes of a file that is read as a whole
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -32,6 +35,21 @@ def _shown(character: str) -> str:
     if 0x80 <= code < 0xA0 or character in TURNS or 0xD800 <= code < 0xE000:
         return "\ufffd"
     return character
+
+
+def read_whole(path: Path, mend: str, largest: int = LARGEST, encoding: str = "utf-8") -> str:
+    """The text of a file, of which no more is read than `largest` bytes.
+
+    Raises:
+        UserError: it has more, which `mend` helps against.
+        OSError, UnicodeDecodeError: it cannot be read, or is no text.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > largest else file.read(largest + 1)  # a device tells no size
+    if max(size, len(content)) > largest:
+        raise UserError(str(path), f"has more than {largest} bytes", mend)
+    return content.decode(encoding)
 
 
 def is_this_machine(address: str) -> bool:

@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from gadjax.errors import UserError
+from gadjax.foreign import read_whole
 
 JSON = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 KINDS = (*JSON, ".parquet")
@@ -114,7 +115,7 @@ def _json_rows(path: str) -> Iterator[tuple[str, Row]]:
 
 def _array_rows(path: str) -> Iterator[tuple[str, Row]]:
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        rows = json.loads(read_whole(Path(path), "write one object a line in a .jsonl file", encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(path, f"is not JSON ({error})", "write an array of objects, or one object a line in a .jsonl file") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -25,10 +25,10 @@ from safetensors.numpy import load_file, save_file
 
 from gadjax import cli, moderation
 from gadjax.completions import read_request
-from gadjax.config import load_config, make_config, parse_yaml
+from gadjax.config import LONGEST, load_config, make_config, parse_yaml
 from gadjax.data.snapshot import Example, Snapshot, freeze
 from gadjax.errors import UserError
-from gadjax.foreign import check_address
+from gadjax.foreign import LARGEST, check_address
 from gadjax.models.checkpoint import load, read_config
 from gadjax.models.decoder import language_model
 from gadjax.models.fresh import FreshConfig, write_fresh
@@ -90,6 +90,46 @@ def test_aliases_that_multiply_are_refused_before_anything_is_made_of_them() -> 
     with pytest.raises(UserError, match="more than 10000 values"):
         parse_yaml("a: &a [*a]", "c.yaml")
     assert parse_yaml("{a: &a {b: 1}, c: *a}", "c.yaml") == {"a": {"b": 1}, "c": {"b": 1}}
+
+
+@pytest.mark.timeout(20)
+def test_a_run_whose_config_multiplies_is_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        (Path(name) / "config.yaml").write_text(f"stages: {multiplied(12)}\n")
+        summary = {"stages": {"gad": {"rouge_l": 0.5}}, "intervals": {}, "differences": {}, "baseline": "gad", "prompts": 1, "seconds": 1.0}
+        (Path(name) / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compare", "one", "two"])
+    assert ended.value.code == 2 and not Path("compare.html").exists()
+    assert "config.yaml, line 1: is not YAML (it has more than 10000 values)" in capsys.readouterr().err
+
+
+def hollow(file: Path, size: int) -> Path:
+    """A file of so many bytes that takes no room on the disk."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("wb") as opened:
+        opened.truncate(size)
+    return file
+
+
+def test_files_without_an_end_are_not_read() -> None:
+    told = mistake_of(load_config, hollow(Path("c.yaml"), LONGEST + 1), [])
+    assert told == "c.yaml: has more than 1048576 bytes; name a config file"
+    assert mistake_of(load_config, Path("/dev/zero"), []) == "/dev/zero: has more than 1048576 bytes; name a config file"
+    told = mistake_of(read_rows, str(hollow(Path("rows.json"), LARGEST + 1)), "prompts.train")
+    assert told == "rows.json: has more than 268435456 bytes; write one object a line in a .jsonl file"
+    write_fresh(Path("student"), FreshConfig(width=8, layers=1, heads=1, kv_heads=1, feed_forward=8), ["a word"], seed=0)
+    for name in ("chat_template.jinja", "tokenizer.json", "config.json"):
+        hollow(Path("student") / name, LARGEST + 1)
+        assert (
+            mistake_of(read_config, Path("student"))
+            == f"student/{name}: has more than 268435456 bytes; name a folder that transformers wrote"
+        )
+        (Path("student") / name).replace("large")
+    Path("student/config.json").write_text("[" * 100_000)
+    told = mistake_of(read_config, Path("student"))
+    assert told and told.startswith("student/config.json: cannot be read (") and "\n" not in told
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
+from gadjax.config import read_values
 from gadjax.evaluate import evaluated_stages
 from gadjax.report.comparison import compare_runs, write_comparison
 from gadjax.report.page import write_report
-from gadjax.runs import Run
+from gadjax.runs import CONFIG, Run
 from tests import tiny
 from tests.browser import chromium, complaints
 
@@ -57,7 +58,9 @@ def test_the_page_about_the_data(run: Path, window: Chrome):
 
 def test_several_runs_on_one_page(run: Path, window: Chrome, tmp_path: Path):
     runs = {"one": run, "two": run}
-    write_comparison(tmp_path / "compare.html", runs, compare_runs(runs))
+    write_comparison(
+        tmp_path / "compare.html", runs, {name: read_values(folder / CONFIG) for name, folder in runs.items()}, compare_runs(runs)
+    )
     assert {"comparison", "stage-1"} <= looked_at(window, tmp_path / "compare.html")
 
 

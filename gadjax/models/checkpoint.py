@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gadjax.errors import UserError
+from gadjax.foreign import LARGEST, read_whole
 from gadjax.models import llama3, qwen2, qwen3
 from gadjax.models.decoder import DecoderConfig
 from gadjax.models.hugging_face import Family, Tensor
@@ -28,6 +29,7 @@ from gadjax.types import Params
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen2.FAMILY, qwen3.FAMILY, llama3.FAMILY)}
 
 WHERE = "student.path"
+WHOLE_FOLDER = "name a folder that transformers wrote"  # the mend of many a mistake
 DTYPES = ("F32", "F16", "BF16", "F64")  # as safetensors names them
 SHARD_BYTES = 5_000_000_000  # of one file of weights, as transformers splits them
 TOGETHER = 1 << 26  # bytes of a parameter that are read at once, if one layer is not more
@@ -53,9 +55,10 @@ def read_config(folder: Path, *, classifier: bool = False) -> tuple[Family, Deco
     if not folder.is_dir():
         raise UserError(WHERE, f"there is no folder {folder}", "name a Hugging Face folder, or `random: {}` for a small fresh student")
     try:
-        config: dict[str, Any] = dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(str(file), f"cannot be read ({error})", "name a folder that transformers wrote") from error
+        config: dict[str, Any] = dict(json.loads(read_whole(file, WHOLE_FOLDER)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(str(file), f"cannot be read ({error})", WHOLE_FOLDER) from error
+    _check_sizes(folder)
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
@@ -67,9 +70,16 @@ def read_config(folder: Path, *, classifier: bool = False) -> tuple[Family, Deco
     try:
         return family, family.read(config)
     except KeyError as error:
-        raise UserError(str(file), f"has no field {error}", "name a folder that transformers wrote") from error
+        raise UserError(str(file), f"has no field {error}", WHOLE_FOLDER) from error
     except ValueError as error:
         raise UserError(str(file), str(error), "take a model without it") from error
+
+
+def _check_sizes(folder: Path) -> None:
+    """Refuses files of tokenizer and template that no library should be made to read."""
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt") and file.stat().st_size > LARGEST:
+            raise UserError(str(file), f"has more than {LARGEST} bytes", WHOLE_FOLDER)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:

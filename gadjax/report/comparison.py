@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gadjax.errors import UserError
 from gadjax.metrics import read
 from gadjax.report.curves import overlaid_charts, validation_charts
@@ -47,11 +45,10 @@ def settings(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[s
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def write_comparison(path: Path, runs: Mapping[str, Path], summary: Mapping[str, Any]) -> None:
-    """Writes the page: the table of `summary`, which `compare_runs` made, settings and curves."""
+def write_comparison(path: Path, runs: Mapping[str, Path], configs: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    """Writes the page: the table of `summary`, which `compare_runs` made, the settings in which the runs' `configs` differ, and curves."""
     colours = {name: 1 + index % 7 for index, name in enumerate(runs)}
-    configs = {name: yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) for name, folder in runs.items()}
-    stages = dict.fromkeys(stage for config in configs.values() for stage in config["stages"])
+    stages = dict.fromkeys(stage for config in configs.values() for stage in config.get("stages") or {})
     rows = {stage: _rows(runs, stage) for stage in stages}
     training = [{"name": stage, "steps": _steps(found), "charts": _charts(found, colours)} for stage, found in rows.items() if found]
     write_page(
