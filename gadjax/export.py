@@ -1,7 +1,6 @@
 """A trained student, or discriminator, as a Hugging Face folder."""
 
 import json
-import shutil
 from pathlib import Path
 
 from gadjax.algorithms.stage import SamplingStageConfig
@@ -56,8 +55,6 @@ def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[s
         if is_first() and (not (folder / FILE).is_file() or (folder / FILE).read_text(encoding="utf-8") != card):
             replace_file(folder / FILE, card)  # it was measured since
         return folder
-    if is_first():
-        shutil.rmtree(folder, ignore_errors=True)  # of another checkpoint
     save(
         folder,
         session.family,

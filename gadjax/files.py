@@ -5,7 +5,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,33 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def told_where(path: Path) -> Iterator[None]:
+    """Gives the file's name to errors of the system that have none, as those of writes: where the disk is full is to be told."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def replace_file(path: Path, text: str) -> None:
-    """Makes `text` the file's content: a reader, or a run that was killed here, sees the old content or the new one.
+    """Makes `text` the file's content: a reader, or a run that was killed here, sees the old content or the new one; a full disk leaves the
+    old one, and nothing beside it.
 
     Lone surrogates, which UTF-8 cannot hold, become question marks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8", errors="replace")
-    flush(beside)
-    beside.replace(path)
+    try:
+        with told_where(path):
+            beside.write_text(text, encoding="utf-8", errors="replace")
+        flush(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 

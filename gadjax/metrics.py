@@ -6,14 +6,18 @@ and NaN when it is read; the boards do not get it. A step that runs again after 
 
 import json
 import math
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from gadjax.errors import UserError
-from gadjax.files import replace_file, to_json
+from gadjax.files import replace_file, to_json, told_where
 from gadjax.weights_and_biases import Board
 
 FILE = "metrics.jsonl"
@@ -36,7 +40,7 @@ class MetricsLog:
         rows = [row for row in read(path) if row["step"] <= after]
         replace_file(path, "".join(f"{to_json(row)}\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(tensorboard), purge_step=after + 1, flush_secs=30)
+        self._board = _Events(tensorboard, after + 1)
         self._last = after
         self._shown = board
 
@@ -45,27 +49,58 @@ class MetricsLog:
         if step <= self._last:
             raise ValueError(f"the row of step {step} comes after that of step {self._last}")
         row = {name: float(value) for name, value in metrics.items()}
-        self._file.write(f"{to_json({'step': step} | row)}\n")
-        self._file.flush()
-        for name, value in row.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
+        with told_where(Path(self._file.name)):
+            self._file.write(f"{to_json({'step': step} | row)}\n")
+            self._file.flush()
+        self._board.write(step, {name: value for name, value in row.items() if math.isfinite(value)})
         if self._shown is not None:
             self._shown.write(step, row)
         self._last = step
 
     def close(self) -> None:
-        """Ends both files; TensorBoard's last events are written here."""
-        self._file.close()
-        self._board.close()
-        if self._shown is not None:
-            self._shown.close()
+        """Ends both files, and the board."""
+        with ExitStack() as every:  # whichever fails
+            for each in (self._shown, self._board, self._file):
+                if each is not None:
+                    every.callback(each.close)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Events:
+    """TensorBoard's file of a stage.
+
+    Written here and now: the library's own writer has a thread for it that a full disk ends, and whoever adds more then waits for ever.
+
+    Args:
+        folder: of the stage's events.
+        first: TensorBoard hides what earlier files have of this step and later ones.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        with told_where(folder):
+            self._writer = EventsWriter(str(folder / "events"))
+        self._add(Event(step=first, file_version="brain.Event:2"), Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        now = time.time()
+        self._add(*(Event(wall_time=now, step=step, summary=scalar(name, value)) for name, value in values.items()))
+
+    def _add(self, *events: Event) -> None:
+        with told_where(self._folder):
+            for event in events:
+                self._writer.write_event(event)
+            self._writer.flush()
+
+    def close(self) -> None:
+        with told_where(self._folder):
+            self._writer.close()
 
 
 def read(path: Path) -> list[Row]:

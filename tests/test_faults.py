@@ -27,10 +27,13 @@ from gadjax.data.snapshot import Snapshot, freeze
 from gadjax.errors import UserError
 from gadjax.files import replace_file
 from gadjax.metrics import MetricsLog, read
+from gadjax.models import checkpoint
+from gadjax.models.decoder import language_model
 from gadjax.optimizer import OptimizerConfig, make_optimizer, update
 from gadjax.runs import Run
 from gadjax.train import SKIPS, Stage, not_finite
 from gadjax.types import Role
+from tests.test_audit import make_run
 from tests.test_data import examples
 from tests.test_resume import abstract, state
 
@@ -50,7 +53,7 @@ def test_a_file_that_cannot_be_written_is_what_it_was(tmp_path: Path):
     replace_file(tmp_path / "summary.json", "before")
     with full(), pytest.raises(OSError, match="File too large"):
         replace_file(tmp_path / "summary.json", "x" * 100)
-    assert (tmp_path / "summary.json").read_text() == "before"
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"], "something is left beside it"
 
 
 def test_a_row_that_has_no_room_is_mended(tmp_path: Path):
@@ -65,6 +68,60 @@ def test_a_row_that_has_no_room_is_mended(tmp_path: Path):
     with MetricsLog(tmp_path, tmp_path / "board", after=1) as log:
         log.write(2, {"student/loss": 2.0})
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.timeout(30)
+def test_a_full_disk_does_not_leave_tensorboard_waiting(tmp_path: Path):
+    (tmp_path / "board").mkdir()
+    row = {f"student/{number}": 1.0 for number in range(20)}  # more than the library's queue holds
+    with MetricsLog(tmp_path, tmp_path / "board") as log:
+        log.write(1, row)
+        (events,) = (tmp_path / "board").iterdir()
+        before = events.stat().st_size
+        with full(before + 30), pytest.raises(OSError, match=rf"File too large: '{tmp_path}/board'") as error:
+            log.write(2, row)
+        assert (tmp_path / "metrics.jsonl").stat().st_size < before and cli.no_room(error.value)
+    with MetricsLog(tmp_path, tmp_path / "board", after=1) as log:
+        log.write(2, row)
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_report_that_has_no_room_is_told_and_is_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def report() -> int | str | None:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["report", str(tmp_path / "c.yaml"), f"run.folder={tmp_path}", "run.name=mine"])
+        return ended.value.code
+
+    run = make_run(tmp_path / "mine", ["an answer"] * 4, ["yes"] * 4, ["no"] * 4)
+    (tmp_path / "c.yaml").write_text("teacher: {backend: tutor}\nprompts: {train: 'tutor:9'}\n")
+    assert report() == 0
+    pages = {path.name: path.read_text() for path in (run / "report").iterdir()}
+    assert {*pages} == {"index.html", "data.html"}
+    capsys.readouterr()
+    for page in ("data.html", "index.html"):  # in the order in which they are written
+        with full(1000 if page == "data.html" else len(pages["data.html"].encode()) + 10):
+            assert report() == 2
+        told = f"gadjax: [Errno 27] File too large: '{run}/report/{page}'; make room there, or choose another run.folder: "
+        assert capsys.readouterr().err.splitlines()[-1:] == [f"{told}the same command goes on"]
+        assert {path.name: path.read_text() for path in (run / "report").iterdir()} == pages
+
+
+@pytest.mark.parametrize("size", [1000, 200_000], ids=["the weights", "the tokenizer"])
+def test_an_export_that_has_no_room_is_not_there_and_the_one_before_is(tmp_path: Path, size: int):
+    golden = Path(__file__).parent / "goldens" / "tied"
+    family, dims = checkpoint.read_config(golden)
+    params = checkpoint.load(golden, family, language_model(dims, jnp.dtype("float32")).shapes)
+    assert 1000 < (golden / "model.safetensors").stat().st_size < 200_000
+    tokens = {"eos_token_id": 1, "pad_token_id": 0}
+    checkpoint.save(tmp_path / "gad", family, dims, params, tokens, {"tokenizer.json": b"before"})
+    with full(size), pytest.raises(OSError, match="File too large: '.*(safetensors|tokenizer.json)'") as error:
+        checkpoint.save(tmp_path / "gad", family, dims, params, tokens, {"tokenizer.json": bytes(300_000)})
+    assert cli.no_room(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["gad"] and (tmp_path / "gad" / "tokenizer.json").read_bytes() == b"before"
+    checkpoint.save(tmp_path / "gad", family, dims, params, tokens, {"tokenizer.json": b"after"})
+    assert [path.name for path in tmp_path.iterdir()] == ["gad"] and (tmp_path / "gad" / "tokenizer.json").read_bytes() == b"after"
 
 
 def test_data_that_has_no_room_is_not_there(tmp_path: Path):

@@ -6,6 +6,8 @@ renamed, so that it is there whole or not at all.
 
 import json
 import operator
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gadjax.errors import UserError
+from gadjax.files import flush, told_where
 from gadjax.foreign import LARGEST, read_whole
 from gadjax.models import llama3, qwen2, qwen3
 from gadjax.models.decoder import DecoderConfig
@@ -225,7 +228,7 @@ def save(
     sequence classifier with one label, the score.
 
     Args:
-        folder: where; must not exist.
+        folder: where; one that is there gives way when this one is whole.
         family: which.
         config: the dimensions.
         params: float32 parameters, on the host or on the devices; those of one file are copied at a time. Where they are spread over
@@ -234,24 +237,51 @@ def save(
         files: what else belongs into it, by name: the tokenizer.
         dtype: of the written tensors, "float32" or "bfloat16".
         shard_bytes: the most that one file holds, as long as one tensor does not.
+
+    Raises:
+        OSError: the disk is full, for one; then nothing of it is left.
     """
     beside = folder.with_name(folder.name + ".partial")
     if is_first():
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-    save_tensors(beside, family, params, jnp.dtype(dtype), shard_bytes)
-    if not is_first():
-        return
+    try:
+        save_tensors(beside, family, params, jnp.dtype(dtype), shard_bytes)
+        if is_first():
+            _describe(beside, family, config, "head" in params, tokens, files, dtype)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+
+def _describe(
+    folder: Path, family: Family, config: DecoderConfig, classifier: bool, tokens: dict[str, int], files: Mapping[str, bytes], dtype: str
+) -> None:
+    """Writes what stands beside the weights."""
     described = {"dtype": dtype} | family.write(config) | tokens
-    if "head" in params:
+    if classifier:
         described |= {"architectures": [family.classifier]} | SCORE
     else:
         described |= {"architectures": [family.language_model]}
-        (beside / "generation_config.json").write_text(json.dumps({"do_sample": False} | tokens, indent=2) + "\n")
-    (beside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / "generation_config.json").write_text(json.dumps({"do_sample": False} | tokens, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     for name, content in files.items():
-        (beside / name).write_bytes(content)
-    beside.rename(folder)
+        with told_where(folder / name):
+            (folder / name).write_bytes(content)
+    for file in folder.iterdir():
+        flush(file)  # before the folder has its name
+
+
+def _write(arrays: dict[str, np.ndarray], file: Path) -> None:
+    try:
+        save_file(arrays, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # which tells in words what the system has said
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
+        raise
 
 
 def save_tensors(folder: Path, family: Family, params: Params, dtype: np.dtype, shard_bytes: int = SHARD_BYTES) -> None:
@@ -275,7 +305,7 @@ def save_tensors(folder: Path, family: Family, params: Params, dtype: np.dtype, 
             if is_first():
                 arrays[name] = tensor.to_theirs(whole).astype(dtype)
         if is_first():
-            save_file(arrays, folder / file, metadata={"format": "pt"})
+            _write(arrays, folder / file)
     if is_first() and len(files) > 1:
         index = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
         described = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
