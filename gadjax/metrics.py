@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from gadjax.errors import UserError
@@ -21,6 +21,8 @@ from gadjax.files import replace_file, to_json, told_where
 from gadjax.weights_and_biases import Board
 
 FILE = "metrics.jsonl"
+Event: Any = getattr(event_pb2, "Event")  # noqa: B009 (generated code, without types)
+SessionLog: Any = getattr(event_pb2, "SessionLog")  # noqa: B009
 Row = dict[str, float]
 
 
@@ -92,7 +94,7 @@ class _Events:
         now = time.time()
         self._add(*(Event(wall_time=now, step=step, summary=scalar(name, value)) for name, value in values.items()))
 
-    def _add(self, *events: Event) -> None:
+    def _add(self, *events: Any) -> None:
         with told_where(self._folder):
             for event in events:
                 self._writer.write_event(event)
