@@ -150,16 +150,22 @@ def _logits(hidden_MCD: jax.Array, weight_VD: jax.Array, temperature: float) -> 
     return flat.reshape(*hidden_MCD.shape[:-1], -1) / temperature
 
 
+def _total(x: jax.Array) -> jax.Array:
+    """The sum over the last axis. On a CPU a product, for XLA would pull the exponential into the sum, where it takes several times as long."""
+    return jax.lax.platform_dependent(x, cpu=lambda x: x @ jnp.ones(x.shape[-1], x.dtype), default=lambda x: jnp.sum(x, axis=-1))
+
+
 def _of_targets(logits_MCV: jax.Array, targets_MC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities, entropies and log-normalisers."""
     largest_MC = jnp.max(logits_MCV, axis=-1)
     shifted_MCV = logits_MCV - largest_MC[..., None]
     weights_MCV = jnp.exp(shifted_MCV)
-    total_MC = jnp.sum(weights_MCV, axis=-1)
-    mean_MC = jnp.sum(weights_MCV * shifted_MCV, axis=-1) / total_MC
-    chosen_MC = jnp.take_along_axis(shifted_MCV, targets_MC[..., None], axis=-1).squeeze(-1)
+    total_MC = _total(weights_MCV)
+    mean_MC = _total(weights_MCV * shifted_MCV) / total_MC
+    # From the logits, not the shifted ones: what several things read is no longer pulled into the product that makes it.
+    chosen_MC = jnp.take_along_axis(logits_MCV, targets_MC[..., None], axis=-1).squeeze(-1)
     log_total_MC = jnp.log(total_MC)
-    return chosen_MC - log_total_MC, log_total_MC - mean_MC, largest_MC + log_total_MC
+    return chosen_MC - largest_MC - log_total_MC, log_total_MC - mean_MC, largest_MC + log_total_MC
 
 
 def _spread(weight_VD: jax.Array) -> jax.Array:
