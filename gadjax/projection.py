@@ -151,7 +151,7 @@ def _logits(hidden_MCD: jax.Array, weight_VD: jax.Array, temperature: float) -> 
 
 
 def _total(x: jax.Array) -> jax.Array:
-    """The sum over the last axis. On a CPU a product, for XLA would pull the exponential into the sum, where it takes several times as long."""
+    """The sum over the last axis. On a CPU a product: XLA would pull the exponential into the sum, where it takes several times as long."""
     return jax.lax.platform_dependent(x, cpu=lambda x: x @ jnp.ones(x.shape[-1], x.dtype), default=lambda x: jnp.sum(x, axis=-1))
 
 
