@@ -31,6 +31,7 @@ from gadjax.session import Session
 from gadjax.sharding import agreed, is_first, put, replicated
 from gadjax.steps import Programs, responses_of
 from gadjax.stopping import finishing
+from gadjax.stopwatch import Stopwatch
 from gadjax.terminal import say, track
 from gadjax.types import PackedRows, Params, Rollout, TrainState
 from gadjax.validation import Validator
@@ -42,24 +43,6 @@ TRAINED = ("student/", "discriminator/", "rollout/logp_gap")  # what must be fin
 SKIPS = 10  # steps in a row that may be skipped
 ANSWERS = "answers"  # in a stage's folder: what it answered to a few held-out prompts at every validation
 REFRESH = 60.0  # seconds after which new numbers are shown, validated or not
-
-
-class Stopwatch:
-    """Seconds of each part of a step, by metric name."""
-
-    def __init__(self) -> None:
-        self.seconds: Floats = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Gives the time since the last lap to `time/<name>_seconds`."""
-        now = time.perf_counter()
-        self.seconds[f"time/{name}_seconds"] = self.seconds.get(f"time/{name}_seconds", 0.0) + now - self._last
-        self._last = now
-
-    def skip(self) -> None:
-        """Counts the time since the last lap nowhere: it was another step's."""
-        self._last = time.perf_counter()
 
 
 @dataclass
@@ -90,12 +73,13 @@ class Pending:
                 self.follower.watch.skip()
 
     def fetch(self) -> Floats:
-        """All metrics of the step. Of a step that samples, the share in which the devices wait for the host's packing."""
+        """All metrics of the step. Of a step that samples, the share in which the devices wait: the host reads answers and packs them."""
         self.wait()
         seconds = self.watch.seconds
         if "time/rollout_seconds" in seconds:
-            self.host["time/idle_fraction"] = seconds["time/data_seconds"] / sum(seconds.values())
-        return self.host | {name: float(value) for name, value in jax.device_get(self.device).items()} | seconds
+            waits = seconds["time/data_seconds"] + self.watch.host["time/host/answers_seconds"]
+            self.host["time/idle_fraction"] = waits / sum(seconds.values())
+        return self.host | {name: float(value) for name, value in jax.device_get(self.device).items()} | seconds | self.watch.host
 
 
 @dataclass
@@ -141,7 +125,8 @@ class Stage:
         learns = index >= algorithm.student_begins and self.balancer.student_learns(index - algorithm.student_begins)
         if algorithm.discriminator is not None:
             rollout = programs.sampler(self.state.student.params, prompts, self.key, index)
-            sampled, logps = responses_of(rollout)
+            with watch.beside("answers"):
+                sampled, logps = responses_of(rollout)
             watch.lap("rollout")
             host |= rollout_metrics(rollout, watch.seconds["time/rollout_seconds"])
             both = [own + others for own, others in zip(teacher, sampled, strict=True)]
@@ -152,7 +137,8 @@ class Stage:
             device |= more
         if learns:  # packed while the device works
             read, logps = (teacher, None) if algorithm.student_reads == "teacher" else (sampled, logps)
-            rows = self._placed(pack(prompts, read, programs.rows(len(read[0])), logps))
+            with watch.beside("packing"):
+                rows = self._placed(pack(prompts, read, programs.rows(len(read[0])), logps))
         jax.block_until_ready(scores)
         watch.lap("data" if scores is None else "discriminator")
         if learns:
@@ -324,7 +310,9 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
             with jax.transfer_guard("disallow"):
                 pending = stage.step(step - 1, groups)
             if late is not None:
-                finish(step - 1, late, {})  # of the step before, while the device works on this one
+                late.wait()
+                with pending.watch.beside("metrics"):
+                    finish(step - 1, late, {})  # of the step before, while the device works on this one
             stage.balancer.see(stage.unseen)
             late, stops = pending, stopping()
             validates, saves = _due(config, step, total, stops)

@@ -1,9 +1,18 @@
-"""The pages in docs/ and the README: their commands are understood, their configs are, and their links lead somewhere."""
+"""The pages in docs/ and the README: their commands do what they say, their configs are understood, and their links lead somewhere.
+
+Every command is run: those that train nothing anew always, those that do by `pytest -m slow tests/test_docs.py`, with the shipped configs
+made small, and those that need somebody else by tests of their own (ELSEWHERE).
+"""
 
 import io
 import re
+import runpy
 import shlex
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +22,7 @@ import yaml
 from gadjax import cli
 from gadjax.config import load_config, make_config
 from tests import tiny
+from tests.test_remote import Fake, listening
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +36,18 @@ NOT_HERE = re.compile(r"=N\b|CONFIG|RUN")  # a word that stands for something
 RUN_HERE = re.compile(
     r"gadjax (?:run|collect|prepare|train|evaluate|report|export|compare|doctor|chat) (?:configs|runs)/quickstart[^=]*"
 )  # nothing is set anew
+ELSEWHERE = {  # what needs a server, a voter, a compiler for other chips or a token: the test that does it
+    r"gadjax judge runs/quickstart evaluation.*": "test_judge.py::test_a_run_is_judged",
+    r"gadjax judge --human .* --results": "test_human.py::test_results_are_told_and_written",
+    r"gadjax judge --human .*seqkd": "test_human.py::test_a_poll_from_its_beginning_to_its_end",
+    r"gadjax plan .* v\d.*": "test_paper.py::test_the_whole_cycle_fits",
+    r"gadjax run .*backend: remote.*": "test_docs.py::test_a_run_takes_its_samples_from_the_server_of_the_page",
+    r"gadjax serve .* --host 0.0.0.0": "test_speaking.py::test_serving_to_others_needs_a_token",
+    r"gadjax serve .*": "test_docs.py::test_the_client_of_the_page_is_answered",
+}
+TRAINING = [
+    command for command in COMMANDS if not RUN_HERE.fullmatch(command) and not any(re.fullmatch(form, command) for form in ELSEWHERE)
+]
 
 
 def given(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, tuple[Any, ...]]:
@@ -74,6 +96,101 @@ def test_commands_do_what_they_say(command: str, finished: Path, monkeypatch: py
     assert stop.value.code == 0, command
 
 
+def small(config: dict[str, Any]) -> dict[str, Any]:
+    """A shipped config with its names, stages and settings, in a size that takes seconds."""
+    most = {"epochs": 1, "max_steps": 3, "batch_groups": 8, "checkpoint_every": 2, "validate_every": 2, "group_size": 4}
+    for stage in config["stages"].values():
+        stage |= {name: min(stage[name], value) for name, value in most.items() if name in stage}
+    if "student" in config:
+        config["prompts"] = {"train": "tutor:40", "validation": "tutor:8"}
+        config["student"]["random"] = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 32, "words": 60}
+    return config
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> tiny.Tiny:
+    """The shipped configs, made small, and the quickstart run with its own."""
+    made = tiny.Tiny.make(tmp_path_factory.getbasetemp(), "shipped")
+    for file in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/studies/*.yaml")]:
+        copy = made.folder / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(yaml.safe_dump(small(yaml.safe_load(file.read_text(encoding="utf-8"))), sort_keys=False))
+    shutil.copytree(ROOT / "configs" / "paper", made.folder / "configs" / "paper")
+    (made.folder / "answers.jsonl").write_text('{"prompt": "Ben asks Olga for two pints", "response": "Here they are."}\n')
+    done = made.gadjax("run", "configs/quickstart.yaml")
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("command", TRAINING)
+def test_commands_that_train_do_what_they_say(command: str, shipped: tiny.Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    stands_for = {"CONFIG": "configs/quickstart.yaml", "=N": "=2", "seedN": "seed2"}
+    done = shipped.gadjax(*shlex.split(re.sub("|".join(stands_for), lambda match: stands_for[match[0]], command))[1:])
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_table_of_the_balance_is_printed(shipped: tiny.Tiny):
+    assert shipped.gadjax("run", "configs/balance.yaml").returncode == 0
+    command = [sys.executable, str(ROOT / "tests/benchmarks/balance.py"), "runs/balance"]
+    done = subprocess.run(command, cwd=shipped.folder, env=shipped.environment, capture_output=True, text=True, check=True)
+    assert all(f"| `{stage}` | " in done.stdout for stage in ("gad", "two-to-one", "smoothed", "length"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_takes_its_samples_from_the_server_of_the_page(shipped: tiny.Tiny):
+    """One that answers as vLLM does."""
+    (command,) = (each for each in COMMANDS if "backend: remote" in each)
+    weights = shutil.copytree(shipped.folder / "runs/quickstart/export/gad", shipped.folder / "student")
+    before = (weights / "model.safetensors").read_bytes()
+    fake = Fake()
+    with listening(fake) as url:
+        command = command.replace("http://127.0.0.1:8000", url).replace("/models/student", str(weights))
+        done = shipped.gadjax(*shlex.split(command)[1:])
+    assert done.returncode == 0, done.stderr
+    assert {"/v1/completions", "/collective_rpc"} <= {path for path, _ in fake.asked}
+    assert (weights / "model.safetensors").read_bytes() != before, "the server has the student as it is now"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_client_of_the_page_is_answered(shipped: tiny.Tiny):
+    """The command and the program of docs/using.md, at a port that is free."""
+    page = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"(?:^    .*\n|^\n)*^    from openai .*\n(?:^    .*\n|^\n)*", page, re.M)
+    (command,) = re.findall(r"^    (gadjax serve .*)$", page, re.M)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job ignores it
+    arguments = [sys.executable, "-c", heeding + tiny.MAIN, *shlex.split(command.replace("8000", port))[1:]]
+    with subprocess.Popen(arguments, cwd=shipped.folder, env=shipped.environment, stderr=subprocess.PIPE, text=True) as served:
+        assert served.stderr is not None
+        assert any(f"http://127.0.0.1:{port}/v1" in line for line in served.stderr)
+        code = re.sub("^    ", "", program, flags=re.M).replace("8000", port)
+        answered = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        served.send_signal(signal.SIGINT)
+        rest = served.stderr.read()
+    assert answered.returncode == 0 and answered.stdout.strip(), answered.stderr
+    assert served.returncode == 0, rest
+
+
+def test_every_command_is_run():
+    for command in COMMANDS:
+        forms = [form for form in ELSEWHERE if re.fullmatch(form, command)]
+        assert bool(forms) + (command in TRAINING) + bool(RUN_HERE.fullmatch(command)) == 1, command
+    for form, where in ELSEWHERE.items():
+        file, test = where.split("::")
+        assert any(re.fullmatch(form, command) for command in COMMANDS), f"nobody writes {form} any more"
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), where
+
+
 def test_every_page_has_commands_and_every_command_a_page():
     named = {command.split()[1] for command in COMMANDS}
     assert {"run", "collect", "evaluate", "report", "export", "bench", "chat", "serve", "compare", "doctor"} <= named
@@ -88,6 +205,11 @@ def test_links_lead_somewhere(page: Path):
         if anchor:
             titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
             assert anchor[1:] in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+
+
+def test_the_page_of_all_fields_is_the_classes_own():
+    written = runpy.run_path(str(ROOT / "docs" / "fields.py"))["page"]()
+    assert (ROOT / "docs" / "fields.md").read_text(encoding="utf-8") == written, "python docs/fields.py > docs/fields.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

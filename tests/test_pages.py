@@ -45,6 +45,10 @@ def looked_at(window: Chrome, page: Path) -> set[str]:
 def test_the_report_of_a_run(run: Path, window: Chrome):
     assert looked_at(window, run / "report" / "index.html") >= SECTIONS
     assert window.execute_script(FIRST) > 50, "lines are drawn"
+    assert [figure.text.split("\n")[0].split(" seconds")[0] for figure in window.find_elements(By.CSS_SELECTOR, "#time figure")] == [
+        f"A step of {stage}" for stage in tiny.STEPS
+    ]
+    assert all(0 < rect.size["width"] <= 1200 for rect in window.find_elements(By.CSS_SELECTOR, "#time figure rect"))
     for link in window.find_elements(By.CSS_SELECTOR, "nav a[href^='#']"):
         link.click()
         assert window.find_elements(By.CSS_SELECTOR, ":target")

@@ -41,7 +41,7 @@ class Fake:
         if path != "/v1/completions":
             return {}
         wanted = 1 + body["seed"] % 5
-        ids = [body["prompt"][-1]] * (wanted - 1) + [PLAN.end_of_turn]
+        ids = [body["prompt"][-1]] * (wanted - 1) + body["stop_token_ids"]
         ids, ended = ids[: body["max_tokens"]], wanted <= body["max_tokens"]
         logps = [-0.5 * (1 + place) for place in range(len(ids))]
         return self.change({"token_ids": ids, "logprobs": {"token_logprobs": logps}, "finish_reason": "stop" if ended else "length"})

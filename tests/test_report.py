@@ -196,6 +196,39 @@ def test_where_the_time_went(run: Path):
     assert "59 min 40 s went elsewhere" in text
 
 
+def spans(html: str, stage: str) -> list[tuple[str, float, float]]:
+    """What is drawn of a step: its name and its lane's height, where it begins and ends."""
+    drawn = html[html.index(f"A step of {stage}") :].split("</svg>", maxsplit=1)[0]
+    found = re.findall(r'<rect class="k\d" x="([\d.]+)" y="(\d+)" width="([\d.]+)" height="\d+"><title>([\w ]+):', drawn)
+    return [(f"{label} {y}", float(x), float(x) + float(width)) for x, y, width, label in found]
+
+
+def test_a_step_as_it_runs(run: Path):
+    """Each part as long as its median; the devices wait from the rollout's end until its answers are read and packed."""
+    parts = {"rollout": 40.0, "data": 10.0, "discriminator": 20.0, "student": 30.0, "host/answers": 5.0, "host/packing": 8.0}
+    with MetricsLog(run / "stages" / "gad", run / "tensorboard" / "gad") as log:
+        for step, slow in ((1, 90.0), (2, 1.0), (3, 1.0)):  # the first one is compiled
+            own = {f"time/{name}_seconds": value * slow for name, value in parts.items()}
+            log.write(step, own | ({"time/host/metrics_seconds": 15.0} if step > 1 else {}))
+    with MetricsLog(run / "stages" / "seqkd", run / "tensorboard" / "seqkd") as log:
+        log.write(
+            1, {"time/data_seconds": 2.0, "time/student_seconds": 10.0, "time/host/packing_seconds": 2.0, "time/host/metrics_seconds": 1.0}
+        )
+    html = write_report(run, ["seqkd", "gad"]).read_text(encoding="utf-8")
+    second = (950 - 52) / 100
+    times = [(0, 35), (50, 70), (70, 100), (35, 40), (40, 50), (50, 58), (70, 85)]
+    names = ["rollout 11", "discriminator 11", "student 11", "answers read 39", "packing 39", "packing 39", "metrics 39"]
+    found = spans(html, "gad")
+    assert [name for name, _, _ in found] == names
+    assert [place for _, *places in found for place in places] == pytest.approx(
+        [52 + at * second for both in times for at in both], abs=0.2
+    )
+    text = Page(html).text
+    assert "the devices wait for the host 15.0% of it" in text and "packing 18 s" in text
+    assert [name for name, _, _ in spans(html, "seqkd")] == ["student 11", "packing 39", "metrics 39"], "packed beside the step before"
+    assert "2 h 33 min" in text, "what lies beside a part is not counted twice"
+
+
 def test_only_prompts_that_all_stages_answered_are_shown_and_not_too_many(run: Path):
     write_answers(run, "seqkd", [answer_row(i, f"seqkd says {i}.") for i in range(100)])
     write_answers(run, "gad", [answer_row(i, f"gad says {i}.") for i in range(50, 100)])

@@ -22,6 +22,7 @@ PRINTED = (
     "#c23b62",
     "#2a8fa3",
 )  # the same, where a file must hold its own
+LANE = 28  # height of a lane of spans
 LINE = 15  # height of a line of a figure's title and legend
 
 
@@ -32,6 +33,17 @@ class Series:
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    colour: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that takes time: in which lane it is drawn, its name, when it begins and ends."""
+
+    lane: str
+    label: str
+    start: float
+    end: float
     colour: int
 
 
@@ -75,6 +87,27 @@ def bar_chart(title: str, unit: str, groups: Sequence[str], series: Mapping[str,
             text = (label, group, number(values[g]))
             parts.append(rect.format(colours[label] % COLOURS, start + s * bar, top, 0.92 * bar, HEIGHT - BOTTOM - top, *text))
     return Chart(title, unit, _svg(f"{title} ({unit})", parts, width), tuple((label, colours[label] % COLOURS, "") for label in series))
+
+
+def span_chart(title: str, unit: str, spans: Sequence[Span]) -> Chart:
+    """What happens when: a lane below the other for each kind of worker, time to the right from 0. The legend tells how long each takes."""
+    width, lanes = 2 * WIDTH, [*dict.fromkeys(span.lane for span in spans)]
+    axis = _Axis.over([0, *(span.end for span in spans)], LEFT, width - RIGHT, padded=False)
+    low = TOP + LANE * len(lanes)
+    rule = Markup('<line class="rule" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>')
+    text = Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="{}">{}</text>')
+    rect = Markup('<rect class="k{}" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}: {} to {} s</title></rect>')
+    parts = [rule.format(axis.at(x), TOP, low) + text.format(axis.at(x), low + 15, "middle", number(x)) for x in axis.ticks(8)]
+    parts += [text.format(LEFT - 6, TOP + LANE * row + 18, "end", lane) for row, lane in enumerate(lanes)]
+    lasts: dict[str, float] = {}
+    for span in spans:
+        place, size = axis.at(span.start), axis.at(span.end) - axis.at(span.start)
+        told = (span.label, number(span.start), number(span.end))
+        parts.append(rect.format(span.colour % COLOURS, place, TOP + LANE * lanes.index(span.lane) + 3, max(size, 1), LANE - 6, *told))
+        lasts[span.label] = lasts.get(span.label, 0.0) + span.end - span.start
+    colours = {span.label: span.colour % COLOURS for span in spans}
+    legend = tuple((label, colours[label], f"{number(lasts[label])} s") for label in colours)
+    return Chart(title, unit, _svg(f"{title} ({unit})", parts, width, low + 20), legend)
 
 
 def figure(chart: Chart, width: int = WIDTH) -> str:
@@ -131,8 +164,8 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _svg(label: str, parts: Sequence[Markup], width: int = WIDTH) -> Markup:
-    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, HEIGHT, label)
+def _svg(label: str, parts: Sequence[Markup], width: int = WIDTH, height: int = HEIGHT) -> Markup:
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, height, label)
     return head + Markup("").join(parts) + Markup("</svg>")
 
 

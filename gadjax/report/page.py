@@ -1,9 +1,6 @@
 """`report/index.html`: one self-contained page about a run, made from the files in its folder. It loads nothing and runs no script."""
 
 import json
-import math
-import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,7 @@ from gadjax.report.answers import Answers, evolution, examples, read_answers, st
 from gadjax.report.charts import COLOURS
 from gadjax.report.curves import MEANINGS, stage_charts, validation_charts
 from gadjax.report.templates import STYLE, TEMPLATES
-
-PART = re.compile(r"time/(.*)_seconds")
+from gadjax.report.timeline import duration, where_the_time_went
 
 
 def write_report(run: Path, stages: Sequence[str], under_way: str | None = None) -> Path:
@@ -56,7 +52,7 @@ def write_report(run: Path, stages: Sequence[str], under_way: str | None = None)
         health=[{"stage": stage, "episodes": _episodes(stage, found)} for stage, found in rows.items()],
         table=table_of(summary) if summary else None,
         tests=[(name, table_of(found)) for name, found in summary.get("tests", {}).items()] if summary else [],
-        time=_time(summary, rows),
+        time=where_the_time_went(rows, summary["seconds"] if summary else None),
         styles=styles(answers, colours),
         evolution=evolution(run, {stage: [int(row["step"]) for row in found] for stage, found in rows.items()}, colours),
         examples=examples(answers, colours),
@@ -92,36 +88,8 @@ def _facts(summary: Mapping[str, Any] | None, trained: Sequence[str]) -> list[st
     facts = [f"stages trained: {', '.join(trained)}"] if trained else []
     if summary:
         facts.append(f"{summary['prompts']} validation prompts")
-        facts.append(f"{_duration(summary['seconds'])} in all")
+        facts.append(f"{duration(summary['seconds'])} in all")
     return facts
-
-
-def _time(summary: Mapping[str, Any] | None, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any] | None:
-    """Where the time went: the seconds of each part of the stages' steps, and what is left of the run's."""
-    spent: dict[str, dict[str, float]] = {}
-    for stage, found in rows.items():
-        own = defaultdict[str, float](float)
-        for name, value in (item for row in found for item in row.items()):
-            if (part := PART.fullmatch(name)) and math.isfinite(value):
-                own[part[1]] += value
-        if sum(own.values()):
-            spent[stage] = own
-    parts = [*dict.fromkeys(part for own in spent.values() for part in own)]
-    if not parts:
-        return None
-    totals = {stage: sum(own.values()) for stage, own in spent.items()}
-    rest = summary["seconds"] - sum(totals.values()) if summary else 0.0
-    return {
-        "parts": [(part, 1 + index) for index, part in enumerate(parts)],
-        "stages": [{"name": stage, "total": _duration(totals[stage]), "parts": _parts(own, parts)} for stage, own in spent.items()],
-        "rest": _duration(rest) if rest > 0 else None,
-    }
-
-
-def _parts(spent: Mapping[str, float], parts: Sequence[str]) -> list[tuple[str, str, int]]:
-    """Of each part: its duration, its share, and its colour."""
-    whole, seconds = sum(spent.values()), [spent.get(part, 0.0) for part in parts]
-    return [(_duration(each), f"{each / whole:.1%}", 1 + index) for index, each in enumerate(seconds)]
 
 
 def _episodes(stage: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -135,11 +103,6 @@ def _episodes(stage: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
         }
         for each in episodes(rows)
     ]
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds % 60:.0f} s"
 
 
 def table_of(summary: Mapping[str, Any]) -> dict[str, Any]:

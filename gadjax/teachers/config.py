@@ -16,7 +16,12 @@ VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*|[a-z_][a-z0-9_]*|[A-Za-z_]+")
 
 
 class Price(Section):
-    """US dollars per million tokens."""
+    """US dollars per million tokens.
+
+    Attributes:
+        input: of the requests.
+        output: of the answers.
+    """
 
     input: float = Field(ge=0)
     output: float = Field(ge=0)
