@@ -24,7 +24,7 @@ def compare(runs: list[Path], stage: str | None, out: Path, as_json: bool) -> No
         raise UserError("RUN", "one run cannot be compared", "name two or more folders of runs")
     for folder in runs:
         if not (folder / CONFIG).is_file():
-            raise UserError(str(folder), "is no run", "name a run's folder: runs/quickstart")
+            raise UserError(str(folder), "is no run", "`gadjax run` makes one; name its folder, as in runs/quickstart")
     summary = compare_runs(folders, stage)
     write_comparison(out, folders, {name: read_values(folder / CONFIG) for name, folder in folders.items()}, summary)
     if as_json:

@@ -120,7 +120,7 @@ class Run:
             UserError: there is none, or an override is at fault.
         """
         if not (folder / CONFIG).is_file():
-            raise UserError(str(folder), "is no run", "name a run's folder: runs/quickstart")
+            raise UserError(str(folder), "is no run", "`gadjax run` makes one; name its folder, as in runs/quickstart")
         return cls(load_config(folder / CONFIG, list(overrides)), folder)
 
     def fetch(self) -> None:
@@ -152,7 +152,7 @@ class Run:
         if not (folder / CONFIG).is_file():
             folder, name = folder.parent, folder.name
         if not (folder / CONFIG).is_file():
-            raise UserError(place, "is no run", "name a run's folder, or a stage of it: runs/quickstart/gad")
+            raise UserError(place, "is no run", "`gadjax run` makes one; name its folder or a stage of it, as in runs/quickstart/gad")
         run = cls.at(folder)
         names = list(run.config.stages)
         if name is not None and not (stage_of(name) in names and re.fullmatch(r"[^@]+(@[1-9][0-9]{0,8})?", name)):

@@ -239,7 +239,7 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.splitlines() == [
         f"gadjax: {tmp_path}/copy/gad: is not trained yet; run `gadjax train` with its config first",
         "gadjax: runs/tiny/wramup: the run has no stage wramup; use one of seqkd, warmup, gad",
-        "gadjax: runs/tniy: is no run; name a run's folder, or a stage of it: runs/quickstart/gad",
+        "gadjax: runs/tniy: is no run; `gadjax run` makes one; name its folder or a stage of it, as in runs/quickstart/gad",
     ]
 
 
