@@ -185,6 +185,9 @@ class Config(Section):
                 _check_among(f"stages.{name}.from", stage.from_, students, "an earlier stage")
             if isinstance(stage, SamplingStageConfig):
                 origin = stage.discriminator.from_
+                if stage.discriminator.random is not None and self.adapters is not None:
+                    where, what = f"stages.{name}.discriminator.random", "adapters stand on the student's base, and it has none"
+                    raise UserError(where, what, "leave it or `adapters` out")
                 if origin is not None and not is_elsewhere(origin):
                     _check_among(f"stages.{name}.discriminator.from", origin, discriminators, "an earlier stage that has one")
                 discriminators.append(name)

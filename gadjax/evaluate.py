@@ -11,6 +11,7 @@ from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
 from gadjax.evaluation.samples import BEST_OF, MODES, Samples
 from gadjax.files import replace_file, to_json
+from gadjax.referee import Referee
 from gadjax.runs import Run
 from gadjax.scoring import Scorer
 from gadjax.session import Session
@@ -38,7 +39,7 @@ def _scorer(session: Session) -> Scorer | None:
     if chooser is None:
         return None
     params = session.final_role(chooser, "discriminator").params
-    return Scorer(session.models, params, session.run.config.data, wanted.best_of, wanted.batch_groups)
+    return Scorer(session.models_of(chooser), params, session.run.config.data, wanted.best_of, wanted.batch_groups)
 
 
 def _origin(session: Session, name: str) -> str:
@@ -78,10 +79,11 @@ def evaluate_stages(session: Session, names: Sequence[str] = ()) -> Measured:
 
     All processes answer; process 0 measures, the others return nothing.
     """
-    names = names or evaluated_stages(session.run)
+    names, wanted = names or evaluated_stages(session.run), session.run.config.evaluation
     splits = [name for name in session.snapshot.splits if name != "train"]
-    modes = [*MODES, *[BEST_OF] * (session.run.config.evaluation.best_of > 1)]
+    modes = [*MODES, *[BEST_OF] * (wanted.best_of > 1)]
     measured: Measured = {split: {} for split in splits}
+    referee = Referee.of(wanted.referee, wanted.batch_groups) if wanted.referee else None
     scorer, total = None, len(names) * len(splits) * len(modes)
     with track("evaluate", total) as advance:
         for index, (name, split) in enumerate(itertools.product(names, splits)):
@@ -98,6 +100,8 @@ def evaluate_stages(session: Session, names: Sequence[str] = ()) -> Measured:
                     replace_file(mark, origin)
                     session.run.push()
             if is_first():
-                measured[split][name] = measure(read_answers(file), session.run.config.evaluation.metrics, session.tutored)
+                answers = read_answers(file)
+                judged = referee.measure(answers["greedy"]) if referee else {}
+                measured[split][name] = measure(answers, wanted.metrics, session.tutored) | judged
             advance((index + 1) * len(modes), name)
     return measured

@@ -9,7 +9,8 @@ from gadjax.checkpointing import checkpoint_digest
 from gadjax.config import stage_of
 from gadjax.errors import UserError
 from gadjax.files import replace_file
-from gadjax.models.checkpoint import save, tokenizer_files
+from gadjax.models.checkpoint import family_of, save, tokenizer_files
+from gadjax.origins import discriminator_dims
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first
 from gadjax.text import Text
@@ -55,10 +56,11 @@ def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[s
         if is_first() and (not (folder / FILE).is_file() or (folder / FILE).read_text(encoding="utf-8") != card):
             replace_file(folder / FILE, card)  # it was measured since
         return folder
+    dims = session.dims if role == "student" else discriminator_dims(session.run.config, name, session.dims)
     save(
         folder,
-        session.family,
-        session.dims,
+        family_of(dims),
+        dims,
         session.merged(name, role),
         tokens,
         files | {ORIGIN: origin, FILE: card.encode()},

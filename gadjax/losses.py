@@ -38,6 +38,22 @@ def bradley_terry(teacher_B: jax.Array, student_BN: jax.Array, smoothing: float 
     return (1 - smoothing) * jax.nn.softplus(worse_BN) + smoothing * jax.nn.softplus(-worse_BN)
 
 
+def binary_cross_entropy(teacher_B: jax.Array, student_BN: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """(-log σ(D(x, y)) - log(1 - σ(D(x, ŷ_i)))) / 2 of every pair, [B, N] (Goodfellow et al. 2014, equation 1; halved).
+
+    Teacher and student count the same, whatever N, and a discriminator that knows nothing has log 2, as with Bradley-Terry. With
+    `smoothing` ε the teacher's label is 1 - ε and the student's ε.
+    """
+    teacher_B1 = teacher_B[:, None]
+    wrong_BN = jax.nn.softplus(-teacher_B1) + jax.nn.softplus(student_BN)
+    if not smoothing:
+        return wrong_BN / 2
+    return ((1 - smoothing) * wrong_BN + smoothing * (jax.nn.softplus(teacher_B1) + jax.nn.softplus(-student_BN))) / 2
+
+
+PAIR_LOSSES = {"bradley_terry": bradley_terry, "cross_entropy": binary_cross_entropy}  # by their names in a config
+
+
 def group_spread(rewards_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each reward's distance from its group's mean, [B, N], and the group's standard deviation with ddof = 1, [B].
 

@@ -7,24 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.checkpointing import Checkpoints
-from gadjax.config import Config, is_elsewhere
+from gadjax.config import UNTOUCHED, Config, is_elsewhere, stage_of
 from gadjax.errors import UserError
-from gadjax.models.checkpoint import read_config
+from gadjax.models.checkpoint import is_classifier, load, read_config, same_tokenizer
 from gadjax.models.decoder import DecoderConfig, Network
-from gadjax.models.hugging_face import Family
+from gadjax.models.fresh import fresh_dims
 from gadjax.runs import CONFIG, Run
 from gadjax.steps import Models
-from gadjax.types import Role
+from gadjax.types import Params, Role
 
 
 def check_origins(config: Config) -> None:
-    """Tells which origin outside of the run is not there, or has other adapters.
+    """Tells which origin outside of the run, or which referee, is not there, or has other adapters.
 
     Raises:
-        UserError: names the stage's field.
+        UserError: names the field.
     """
+    if (referee := config.evaluation.referee) is not None and not (is_elsewhere(referee) and _has_discriminator(config, referee)):
+        mend = "name RUN/STAGE, a warmup or gad stage of another run"
+        raise UserError("evaluation.referee", f"{referee} is no trained stage with a discriminator", mend)
     for name, stage in config.stages.items():
         named = {"from": stage.from_}
         if isinstance(stage, SamplingStageConfig) and stage.discriminator.from_:
@@ -58,25 +63,59 @@ def check_base(models: Models, host: Mapping[str, Any], where: str) -> None:
         raise UserError(where, what, "bring the student's weights back as they were, with the same student.compute_dtype")
 
 
-def has_discriminator(origin: str) -> bool:
-    """Whether an origin is a stage of another run that has a discriminator."""
+def discriminator_origin(config: Config, stage: SamplingStageConfig) -> str:
+    """Where a stage's discriminator comes from, unless it is random: what its config says, or the default of that."""
+    return stage.discriminator.from_ or (stage.from_ if _has_discriminator(config, stage.from_) else UNTOUCHED)
+
+
+def _has_discriminator(config: Config, origin: str) -> bool:
+    if is_elsewhere(origin):
+        run = _stage_of(origin)
+        return run is not None and isinstance(run.config.stages[Path(origin).name], SamplingStageConfig)
+    return origin != UNTOUCHED and isinstance(config.stages[origin], SamplingStageConfig)
+
+
+def discriminator_dims(config: Config, name: str, student: DecoderConfig) -> DecoderConfig:
+    """The dimensions of the discriminator of stage `name`: by default those of the student."""
+    stage = config.stages[stage_of(name)]
+    if not isinstance(stage, SamplingStageConfig):
+        return student
+    if stage.discriminator.random is not None:
+        return fresh_dims(stage.discriminator.random, student.vocabulary)
+    origin = discriminator_origin(config, stage)
+    if origin == UNTOUCHED:
+        return student
+    if not is_elsewhere(origin):
+        return discriminator_dims(config, origin, student)
+    if _is_model(origin):
+        folder = Path(origin).expanduser()
+        return read_config(folder, classifier=is_classifier(folder))[1]
     run = _stage_of(origin)
-    return run is not None and isinstance(run.config.stages[Path(origin).name], SamplingStageConfig)
+    return discriminator_dims(run.config, Path(origin).name, student) if run else student
 
 
-def role_from(origin: str, role: str, models: Models, family: Family, dims: DecoderConfig) -> Role:
+def role_from(origin: str, role: str, models: Models, student: Path, key: jax.Array) -> Role:
     """`student` or `discriminator` from outside of the run; a stage of a run gives its optimizer's moments too.
 
+    Args:
+        origin: a folder, or RUN/STAGE.
+        role: which.
+        models: of the stage.
+        student: the folder of the run's student.
+        key: draws the head of a discriminator that begins as a language model.
+
     Raises:
-        UserError: it is a model of another family or of other dimensions.
+        UserError: it is no student of the same family and dimensions, or no discriminator with the same tokenizer.
     """
     network: Network = models.student if role == "student" else models.discriminator
     mend = "name a model of the student's own family and size"
     if _is_model(origin):
         folder = Path(origin).expanduser()
-        if read_config(folder, classifier=role == "discriminator") != (family, dims):
+        if role == "discriminator":
+            return models.fresh_role(network, _discriminator_in(folder, models, student, key))
+        if (found := read_config(folder)) != read_config(student):
             raise UserError(origin, "is another model than the student", mend)
-        return models.fresh_role(network, models.read(network, folder, family))
+        return models.fresh_role(network, models.read(network, folder, found[0]))
     run = _stage_of(origin)
     if run is None:
         raise UserError(origin, "is not there any more", "bring it back")
@@ -87,6 +126,16 @@ def role_from(origin: str, role: str, models: Models, family: Family, dims: Deco
             return checkpoints.restore_role(step, role, models.abstract_role(network))
         except (ValueError, KeyError) as error:  # Orbax: the trees or the shapes differ
             raise UserError(origin, f"has no {role} like this run's", mend) from error
+
+
+def _discriminator_in(folder: Path, models: Models, student: Path, key: jax.Array) -> Params:
+    """The discriminator in a folder; of a language model's folder the trunk, and a fresh head."""
+    if not same_tokenizer(folder, student):
+        raise UserError(str(folder), "has another tokenizer than the student", "name a model that reads the student's tokens")
+    headed, network = is_classifier(folder), models.discriminator
+    family, _ = read_config(folder, classifier=headed)
+    there = network.shapes if headed else {"trunk": network.shapes["trunk"]}
+    return models.completed(network, load(folder, family, models.laid_out(network, there)), key)
 
 
 def _is_model(origin: str) -> bool:

@@ -17,6 +17,7 @@ from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.config import Config, load_config
 from gadjax.errors import UserError
 from gadjax.files import to_json
+from gadjax.origins import discriminator_dims
 from gadjax.planning.budget import Budget, budget_of, knob
 from gadjax.planning.compiled import Measured, measure
 from gadjax.planning.programs import Traced, bytes_on_chip
@@ -68,7 +69,9 @@ def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
     name = next((name for name, stage in reversed(config.stages.items()) if isinstance(stage, SamplingStageConfig)), None)
     if name is None:
         raise UserError("stages", "none of them samples", "give a warmup or gad stage")
-    models = Models.of(config, dims_of(config.student), topology.devices)
+    dims = dims_of(config.student)
+    models, judge = Models.of(config, dims, topology.devices), discriminator_dims(config, name, dims)
+    models = models if judge == dims else models.judged_by(judge)
     programs = Programs.of(config, name, 1, models, 1)
     longest = config.data.max_prompt_tokens
     mean = min(texts.response_tokens, config.data.max_response_tokens)

@@ -47,6 +47,7 @@ _MAY_CHANGE = (
         "evaluation.export",
         "evaluation.best_of",
         "evaluation.discriminator",
+        "evaluation.referee",
         "evaluation.judge",
     ),
     *(f"teacher.{name}" for name in ("base_url", "api_key_env", "concurrency", "max_cost", "price", "timeout", "tries", "retry_wait")),

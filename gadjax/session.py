@@ -19,7 +19,7 @@ from gadjax.models.checkpoint import read_config
 from gadjax.models.decoder import DecoderConfig, discriminator_params
 from gadjax.models.hugging_face import Family
 from gadjax.optimizer import restart_schedule
-from gadjax.origins import check_base, has_discriminator, role_from
+from gadjax.origins import check_base, discriminator_dims, discriminator_origin, role_from
 from gadjax.runs import Run
 from gadjax.steps import Models
 from gadjax.text import Text
@@ -125,11 +125,11 @@ class Session:
         Raises:
             UserError: there is none, or it stands on another base.
         """
-        network = self.models.student if role == "student" else self.models.discriminator
-        step = self.final_step(name)
+        models, step = self.models_of(name), self.final_step(name)
+        network = models.student if role == "student" else models.discriminator
         with Checkpoints(self.run.checkpoints(name), read_only=True) as checkpoints:
-            check_base(self.models, checkpoints.restore_host(step), str(self.run.checkpoints(name)))
-            return checkpoints.restore_role(step, role, self.models.abstract_role(network))
+            check_base(models, checkpoints.restore_host(step), str(self.run.checkpoints(name)))
+            return checkpoints.restore_role(step, role, models.abstract_role(network))
 
     def student_params(self, name: str) -> Params:
         """The student's parameters after stage `name`; `student` is the untouched one."""
@@ -137,34 +137,33 @@ class Session:
 
     def merged(self, name: str, role: str) -> Params:
         """All parameters of `student` or `discriminator` of a finished stage, adapters in the matrices that they adapt."""
-        network = self.models.student if role == "student" else self.models.discriminator
-        return folded(self.models.whole(network, self.final_role(name, role).params), self.run.config.adapters)
+        models = self.models_of(name)
+        network = models.student if role == "student" else models.discriminator
+        return folded(models.whole(network, self.final_role(name, role).params), self.run.config.adapters)
 
-    def inherited(self, origin: str, role: str) -> Role:
-        """`student` or `discriminator` of where a stage starts from: moments kept, schedule restarted."""
-        if is_elsewhere(origin):
-            found = role_from(origin, role, self.models, self.family, self.dims)
-        else:
-            found = self.final_role(origin, role)
-        return found._replace(optimizer=restart_schedule(found.optimizer))
+    def models_of(self, name: str) -> Models:
+        """The models with the discriminator that stage `name` has."""
+        dims = discriminator_dims(self.run.config, name, self.dims)
+        return self.models if dims == self.dims else self.models.judged_by(dims)
 
     def first_state(self, name: str) -> TrainState:
         """The state in which stage `name` starts. Optimizers go on where the earlier stage left them."""
-        stage, models = self.run.config.stages[name], self.models
-        if stage.from_ == UNTOUCHED:
-            student = models.fresh_role(models.student, self.untouched())
-        else:
-            student = self.inherited(stage.from_, "student")
+        stage, models = self.run.config.stages[name], self.models_of(name)
+        head_key = jax.random.fold_in(self.key, HEAD_STREAM)
+
+        def inherited(origin: str, role: str) -> Role:
+            """Of where the stage starts from: moments kept, schedule restarted."""
+            elsewhere = is_elsewhere(origin)
+            found = role_from(origin, role, models, self.folder, head_key) if elsewhere else self.final_role(origin, role)
+            return found._replace(optimizer=restart_schedule(found.optimizer))
+
+        student = inherited(stage.from_, "student") if stage.from_ != UNTOUCHED else models.fresh_role(models.student, self.untouched())
         if not isinstance(stage, SamplingStageConfig):
             return TrainState(student, None)
-        origin = stage.discriminator.from_ or (stage.from_ if self._has_discriminator(stage.from_) else UNTOUCHED)
+        if stage.discriminator.random is not None:
+            return TrainState(student, models.fresh_role(models.discriminator, models.completed(models.discriminator, {}, head_key)))
+        origin = discriminator_origin(self.run.config, stage)
         if origin != UNTOUCHED:
-            return TrainState(student, self.inherited(origin, "discriminator"))
-        head_key = jax.random.fold_in(self.key, HEAD_STREAM)
+            return TrainState(student, inherited(origin, "discriminator"))
         params = discriminator_params(models.discriminator, student.params, head_key)
         return TrainState(student, models.fresh_role(models.discriminator, params))
-
-    def _has_discriminator(self, origin: str) -> bool:
-        if is_elsewhere(origin):
-            return has_discriminator(origin)
-        return origin != UNTOUCHED and isinstance(self.run.config.stages[origin], SamplingStageConfig)

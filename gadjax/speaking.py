@@ -292,7 +292,7 @@ def scorer_of(session: Session, stage: str, room: Room) -> Scorer:
     if judge is None:
         raise UserError(str(session.run.folder), "no trained stage has a discriminator", "train a stage of algorithm warmup or gad")
     params = session.final_role(judge, "discriminator").params
-    return Scorer(session.models, params, room.data(session.run.config.data), responses=room.best_of)
+    return Scorer(session.models_of(judge), params, room.data(session.run.config.data), responses=room.best_of)
 
 
 def speaker_of(session: Session, stage: str, room: Room, scorer: Scorer | None) -> Speaker:

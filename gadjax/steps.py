@@ -106,6 +106,11 @@ class Models:
         """The same with the base read from a student's folder."""
         return replace(self, base=load(folder, family, self.base))
 
+    def judged_by(self, dims: DecoderConfig) -> "Models":
+        """The same with a discriminator of these dimensions, which are not the student's."""
+        trunk = self.student.bind(self.student.shapes).trunk
+        return replace(self, discriminator=discriminator(dims, trunk.dtype, trunk.rematerialise, self.student.attend))
+
     @cached_property
     def mark(self) -> str | None:
         """What tells the base from another one, however it is laid out; None where there is none."""
@@ -303,8 +308,8 @@ class Programs:
     def scores_step(self) -> Program:
         """The same without an update."""
         assert isinstance(self.stage, SamplingStageConfig)
-        smoothing, optimizer = self.stage.discriminator.label_smoothing, self.models.optimizer
-        return self._of_discriminator(lambda _, judge: gad.make_discriminator_step(judge, optimizer, train=False, smoothing=smoothing))
+        frozen, optimizer = self.stage.discriminator.model_copy(update={"train": False}), self.models.optimizer
+        return self._of_discriminator(lambda _, judge: gad.make_discriminator_step(judge, optimizer, frozen))
 
     def _of_discriminator(self, make: Callable[[Network, Network], Callable[..., Any]]) -> Program:
         everywhere = replicated(self.models.mesh)

@@ -224,7 +224,7 @@ def rollout_metrics(rollout: Rollout, seconds: float) -> Floats:
 
 def open_stage(session: Session, name: str) -> Stage:
     """A stage at its very beginning."""
-    programs = Programs.of(session.run.config, name, session.total_steps(name), session.models, session.text.end_of_turn)
+    programs = Programs.of(session.run.config, name, session.total_steps(name), session.models_of(name), session.text.end_of_turn)
     state = session.first_state(name)
     reference = session.models.reference(state.student.params) if programs.algorithm.needs_reference else None
     selection = Selection(programs.stage.select, name)
@@ -248,7 +248,7 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
         data = iter(batches(session.snapshot.train, stage_config.batch_groups, session.run.config.run.seed))
         if done:
             say(f"{name}: goes on after step {done}")
-            abstract = session.models.abstract_state(stage.state.discriminator is not None)
+            abstract = stage.programs.models.abstract_state(stage.state.discriminator is not None)
             stage.state, kept = checkpoints.restore(done, abstract)
             check_base(session.models, kept, str(session.run.checkpoints(name)))
             data.set_state(kept["data"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gadjax.config import Config, make_config
+from gadjax.export import export_discriminator
 from gadjax.metrics import Row, read
 from gadjax.runs import Run
 from gadjax.session import Session
@@ -20,6 +21,7 @@ from tests import tiny
 pytestmark = pytest.mark.timeout(600)  # the first test waits for a whole run
 
 LEARNS = "discriminator: {learning_rate: 1e-3}"
+LARGE = "{width: 24, layers: 2, heads: 2, kv_heads: 1, feed_forward: 32}"
 GAD = f"algorithm: gad, max_steps: 2, {tiny.SAMPLING}"
 CONFIG = tiny.with_stages(
     seqkd=f"algorithm: seqkd, max_steps: 2, {tiny.COMMON}",
@@ -27,6 +29,8 @@ CONFIG = tiny.with_stages(
     cold=f"{GAD}, from: judge, {LEARNS}",
     frozen=f"{GAD}, from: judge, discriminator: {{train: false}}",
     fresh=f"{GAD}, from: seqkd, {LEARNS}",
+    larger=f"{GAD}, from: seqkd, discriminator: {{learning_rate: 1e-3, loss: cross_entropy, random: {LARGE}}}",
+    heir=f"{GAD}, from: larger, discriminator: {{learning_rate: 1e-3, loss: cross_entropy}}",
     often=f"{GAD.replace('1e-3', '0.1')}, from: judge, updates_per_rollout: 2, {LEARNS}",
 )
 
@@ -109,6 +113,20 @@ def test_a_gad_stage_trains_a_fresh_discriminator(run: Path, session: Session):
     assert all(row["discriminator/grad_norm"] > 0 for row in rows(run, "fresh"))
 
 
+def test_a_discriminator_of_another_size_and_loss_is_trained_handed_on_and_exported(run: Path, session: Session):
+    for stage in ("larger", "heir"):
+        assert params(session, stage, "discriminator")["trunk"]["blocks"]["gate"].shape[:2] == (2, 24)
+        assert not same(params(session, stage, "student"), params(session, "seqkd", "student"))
+        for row in rows(run, stage):  # each answer alone, so that the loss is no function of the margins: at chance log 2, as theirs
+            assert 0.5 < row["discriminator/loss"] < 1 and row["discriminator/grad_norm"] > 0
+    begun = session.first_state("heir").discriminator
+    assert begun is not None and same(begun.params, params(session, "larger", "discriminator"))
+    folder = export_discriminator(session, "heir")
+    config = with_stage(session.run.config, {"algorithm": "gad", "discriminator": {"from": str(folder)}})
+    found = replace(session, run=replace(session.run, config=config)).first_state("next").discriminator
+    assert found is not None and same(found.params, params(session, "heir", "discriminator"))
+
+
 def test_a_second_update_on_a_rollout_is_clipped(run: Path):
     assert all(row["student/clip_fraction"] == 0 for stage in ("cold", "frozen", "fresh") for row in rows(run, stage))
     assert all(0 < row["student/clip_fraction"] < 1 and row["rollout/logp_gap"] < 1e-5 for row in rows(run, "often"))
@@ -116,6 +134,6 @@ def test_a_second_update_on_a_rollout_is_clipped(run: Path):
 
 def test_evaluation_and_report_show_them_all(run: Path):
     page = (run / "report" / "index.html").read_text()
-    for stage in ("judge", "cold", "frozen", "fresh", "often"):
+    for stage in ("judge", "cold", "frozen", "fresh", "larger", "heir", "often"):
         assert f">{stage}<" in page
         assert (run / "evaluation" / f"{stage}.jsonl").is_file()

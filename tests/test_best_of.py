@@ -14,7 +14,9 @@ from gadjax.errors import UserError
 from gadjax.evaluate import evaluate_stages
 from gadjax.evaluation.answers import read_answers
 from gadjax.evaluation.samples import BEST_OF, Samples
+from gadjax.referee import Referee
 from gadjax.runs import Run
+from gadjax.scoring import Scorer
 from gadjax.session import Session
 from tests import tiny
 
@@ -79,3 +81,23 @@ def test_somebody_must_be_there_to_choose():
         make_config({"stages": stages, "evaluation": {"best_of": 2}})
     with pytest.raises(UserError, match=r"evaluation.discriminator: 'seqkd' is not a stage that has one"):
         make_config({"evaluation": {"best_of": 2, "discriminator": "seqkd"}})
+
+
+def test_a_referee_s_wins_are_those_of_its_scores_one_by_one(session: Session):
+    folder = session.run.folder
+    config = configured(session.run.config, referee=str(folder / "warmup"))
+    measured = evaluate_stages(replace(session, run=replace(session.run, config=config)), ["gad"])["validation"]["gad"]
+    samples = read_answers(folder / "evaluation" / "gad.jsonl")["greedy"]
+    alone = Scorer(session.models, session.final_role("warmup", "discriminator").params, config.data, 1)
+    scored = dict[str, tuple[float, float]]()
+    for prompt, teacher, text, cut in zip(samples.prompts, samples.teacher, samples.texts, samples.truncated, strict=True):
+        ids = session.text.prompt_ids(prompt.messages, 16)
+        answers = [session.text.response_ids(teacher, 16)], [session.text.response_ids(text, 16, cut)]
+        (of_teacher,), (own,) = alone([ids, ids], answers)
+        scored[prompt.id] = of_teacher, own
+    wins, scores = measured["referee_wins"], measured["referee_score"]
+    assert wins.by_prompt == {name: 0.5 * (1 + np.sign(own - teacher)) for name, (teacher, own) in scored.items()}
+    assert 0 < wins.value < 1, "it prefers some and not others"
+    assert scores.by_prompt == pytest.approx({name: own for name, (_, own) in scored.items()}, abs=1e-5)
+    copied = Referee.of(str(folder / "warmup"), 8).measure(replace(samples, texts=samples.teacher, truncated=samples.truncated & False))
+    assert copied["referee_wins"].value == 0.5

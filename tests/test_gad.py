@@ -14,7 +14,7 @@ import pytest
 
 from gadjax import losses
 from gadjax.algorithms import gad, seqkd
-from gadjax.algorithms.stage import Guidance
+from gadjax.algorithms.stage import DiscriminatorConfig, Guidance
 from gadjax.data.packing import RowShape, pack
 from gadjax.models.cache_attention import prefill
 from gadjax.models.decoder import DecoderConfig, Network, discriminator, discriminator_params, language_model
@@ -292,7 +292,23 @@ def test_the_probe_gap_is_zero_before_scores_are_made_common():
 def test_a_frozen_discriminator_scores_and_stays():
     rows = pack(PROMPTS, BOTH, ONE_ROW_EACH)
     _, learning, _ = DISCRIMINATOR_STEP(role(DISCRIMINATOR_PARAMS), rows)
-    after, scores, metrics = jax.jit(gad.make_discriminator_step(DISCRIMINATOR, DESCENT, train=False))(role(DISCRIMINATOR_PARAMS), rows)
+    frozen = jax.jit(gad.make_discriminator_step(DISCRIMINATOR, DESCENT, DiscriminatorConfig(train=False)))
+    after, scores, metrics = frozen(role(DISCRIMINATOR_PARAMS), rows)
     assert_close(scores, learning)
     assert_close(after.params, DISCRIMINATOR_PARAMS, 0)
     assert "discriminator/grad_norm" not in metrics
+
+
+def test_a_discriminator_of_cross_entropy_learns_on_which_side_of_zero_each_answer_lies():
+    """Without a bias in its head: what the trunk makes of the responses' last token stands for it."""
+    rows = pack(PROMPTS, BOTH, ONE_ROW_EACH)
+    optimizer = optax.adam(3e-3)
+    step = jax.jit(gad.make_discriminator_step(DISCRIMINATOR, optimizer, DiscriminatorConfig(loss="cross_entropy")))
+    judge = Role(DISCRIMINATOR_PARAMS, optimizer.init(DISCRIMINATOR_PARAMS))
+    for _ in range(40):
+        judge, *_ = step(judge, rows)
+    _, scores, metrics = step(judge, rows)
+    teacher, student = scores[:, :1], scores[:, 1:]
+    wrong = jnp.mean(jnp.log1p(jnp.exp(-teacher))) / 2 + jnp.mean(jnp.log1p(jnp.exp(student))) / 2
+    np.testing.assert_allclose(metrics["discriminator/loss"], wrong, rtol=1e-5)
+    assert (teacher > 0).all() and (student < 0).all()

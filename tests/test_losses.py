@@ -29,6 +29,28 @@ def test_bradley_terry_pulls_the_teacher_up_and_the_student_down():
     np.testing.assert_allclose(student, [[0.5, 0.5]], atol=1e-6)
 
 
+def test_cross_entropy_says_of_each_answer_alone_whose_it_is():
+    """Against Goodfellow's equation written out with probabilities."""
+    teacher, student, smoothing = [1.0, -2.0], [[0.0, 3.0], [-1.0, -4.0]], 0.1
+
+    def halved(t: float, s: float, e: float) -> float:
+        real, fake = 1 / (1 + math.exp(-t)), 1 / (1 + math.exp(-s))
+        says = (1 - e) * math.log(real) + e * math.log(1 - real), (1 - e) * math.log(1 - fake) + e * math.log(fake)
+        return -sum(says) / 2
+
+    for e in (0.0, smoothing):
+        pairs = losses.binary_cross_entropy(jnp.array(teacher), jnp.array(student), e)
+        expected = [[halved(t, s, e) for s in own] for t, own in zip(teacher, student, strict=True)]
+        np.testing.assert_allclose(pairs, expected, atol=1e-6)
+    assert losses.binary_cross_entropy(jnp.zeros(1), jnp.zeros((1, 1))) == pytest.approx(math.log(2))
+
+
+def test_cross_entropy_knows_where_zero_is_and_bradley_terry_does_not():
+    higher = lambda loss: loss(jnp.array([6.0]), jnp.array([[5.0]])) - loss(jnp.array([0.5]), jnp.array([[-0.5]]))  # noqa: E731
+    assert higher(losses.bradley_terry) == 0
+    assert higher(losses.binary_cross_entropy)[0, 0] > 1
+
+
 def test_advantages_have_the_spread_with_one_degree_of_freedom_less():
     # mean 3; deviations -2, -1, 0, 3; squares 14; std = sqrt(14 / 3) = 2.1602469
     advantages = losses.group_advantages(jnp.array([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]]))

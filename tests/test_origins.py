@@ -5,17 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gadjax.config import Config, make_config
 from gadjax.errors import UserError
 from gadjax.export import export_discriminator
-from gadjax.origins import check_origins
+from gadjax.models.checkpoint import save
+from gadjax.models.decoder import language_model
+from gadjax.origins import check_origins, discriminator_dims
 from gadjax.runs import Run
 from gadjax.session import Session
 from tests import tiny
 
+SMALL = {"width": 8, "layers": 2, "heads": 2, "kv_heads": 1, "feed_forward": 16}
 pytestmark = pytest.mark.timeout(600)  # the first test may wait for a whole run
 
 
@@ -76,6 +80,13 @@ def test_an_origin_that_is_not_there_is_told_at_once(session: Session, origin: s
     check_origins(config_from("runs/tiny/gad"))
 
 
+@pytest.mark.parametrize("referee", ["runs/tiny/seqkd", "runs/tiny/export/gad", "runs/tiny", "gad"])
+def test_a_referee_without_a_discriminator_is_told_at_once(session: Session, referee: str):
+    with pytest.raises(UserError, match=f"^evaluation.referee: {referee} is no trained stage with a discriminator; name RUN/STAGE"):
+        check_origins(make_config({"evaluation": {"referee": referee}}))
+    check_origins(make_config({"evaluation": {"referee": "runs/tiny/gad"}}))
+
+
 def test_another_model_is_refused(session: Session, tmp_path: Path):
     folder = tmp_path / "other"
     shutil.copytree("runs/tiny/export/gad", folder)
@@ -87,3 +98,37 @@ def test_another_model_is_refused(session: Session, tmp_path: Path):
     small = with_stage(session, **{"from": "runs/tiny/seqkd", "discriminator": {"from": "runs/tiny/seqkd"}})
     with pytest.raises(UserError, match="runs/tiny/seqkd: has no discriminator like this run's"):
         small.first_state("next")
+
+
+def test_a_discriminator_may_be_of_another_size(session: Session, tmp_path: Path):
+    """A fresh one; a folder of any size, whose trunk it is; never one that reads other tokens."""
+    fresh = with_stage(session, **{"from": "runs/tiny/seqkd", "discriminator": {"random": SMALL}})
+    state = fresh.first_state("next")
+    assert state.discriminator is not None
+    assert state.discriminator.params["head"].shape == (8,) and float(np.abs(state.discriminator.params["head"]).max()) > 0
+    assert state.discriminator.params["trunk"]["embedding"].shape == (session.dims.vocabulary, 8)
+    folder = tmp_path / "small"
+    dims = discriminator_dims(fresh.run.config, "next", session.dims)
+    network, tokenizer = language_model(dims, jnp.dtype(jnp.float32)), (session.folder / "tokenizer.json").read_bytes()
+    params = network.init(jax.random.key(1))
+    save(folder, session.family, dims, params, {"eos_token_id": 1, "pad_token_id": 0}, {"tokenizer.json": tokenizer})
+    read = with_stage(session, **{"from": "runs/tiny/seqkd", "discriminator": {"from": str(folder)}})
+    assert discriminator_dims(read.run.config, "next", session.dims) == dims
+    begun = read.first_state("next").discriminator
+    assert begun is not None
+    assert_same(begun.params["trunk"], params["trunk"])
+    assert begun.params["head"].shape == (8,)
+    (folder / "tokenizer.json").write_bytes(tokenizer.replace(b'"Ali', b'"Bli', 1))
+    assert (folder / "tokenizer.json").read_bytes() != tokenizer
+    with pytest.raises(UserError, match="has another tokenizer than the student"):
+        read.first_state("next")
+
+
+def test_a_discriminator_has_one_origin_and_no_adapters_beside_it():
+    stage = {"algorithm": "gad", "discriminator": {"random": SMALL, "from": "student"}}
+    with pytest.raises(UserError, match="has both `from` and `random`: leave one out"):
+        make_config({"stages": {"one": stage}})
+    stage["discriminator"] = {"random": SMALL}
+    assert make_config({"stages": {"one": stage}}).stages
+    with pytest.raises(UserError, match="^stages.one.discriminator.random: adapters stand on the student's base"):
+        make_config({"adapters": {}, "stages": {"one": stage}})

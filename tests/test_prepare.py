@@ -14,8 +14,14 @@ from gadjax.models.fresh import FreshConfig, write_fresh
 from gadjax.prepare import check_student, prepare_data
 from gadjax.runs import Run
 from gadjax.teachers.collect import answers
+from gadjax.text import Text
 from tests import tiny
 
+GIVEN = [
+    "teacher={backend: file, path: answers.jsonl}",
+    "prompts={train: null, validation: null, validation_share: 0.4}",
+    "data={max_prompt_tokens: 40, max_response_tokens: 24, row_tokens: null}",
+]
 SHORT = [{"prompt": f"question {i}", "response": "yes"} for i in range(6)]
 LONG = [
     {"content": [{"role": "system", "content": "word " * 40}, {"role": "user", "content": f"long {i}"}], "teacher_response": "no"}
@@ -35,8 +41,7 @@ def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str,
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(tiny.CONFIG)
     Path("answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    given = ["teacher={backend: file, path: answers.jsonl}", "prompts={train: null, validation: null, validation_share: 0.4}"]
-    run = Run.open(Path("tiny.yaml"), [*given, "data={max_prompt_tokens: 40, row_tokens: null}"])
+    run = Run.open(Path("tiny.yaml"), GIVEN)
     collect_answers(run)
     return run
 
@@ -100,3 +105,17 @@ def test_the_cache_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     before = run.cache.read_bytes()
     prepare_data(run)
     assert run.cache.read_bytes() == before
+
+
+def test_the_teacher_s_text_is_all_that_a_student_with_other_tokens_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One cache of answers, two tokenizers: other tokens, which are the same texts."""
+    run = run_of(tmp_path, monkeypatch, [{"prompt": f"question {i}", "response": f"the answer {i} is yes"} for i in range(6)])
+    cached, tokens = run.cache.read_bytes(), []
+    for words in (60, 0):
+        other = Run.open(Path("tiny.yaml"), [*GIVEN, f"student.random.words={words}"])
+        text = Text.load(str(prepare_data(other)))
+        found = [example for split in Snapshot.open(other.data).splits.values() for example in split]
+        tokens.append([example.tokens.teacher for example in found])
+        assert sorted(map(text.decode, tokens[-1])) == [f"the answer {i} is yes" for i in range(6)]
+    assert all(len(few) < len(many) for few, many in zip(*tokens, strict=True)), "words, and their bytes"
+    assert run.cache.read_bytes() == cached, "nobody was asked again"

@@ -28,7 +28,7 @@ from pydantic import Field
 from gadjax import losses
 from gadjax.algorithms.balance import BalanceConfig, make_advantages, make_rewards, reward_metrics
 from gadjax.algorithms.forward import accumulate, response_log_probs, response_loss, response_mask, response_scores, sum_over
-from gadjax.algorithms.stage import Algorithm, DiscriminatorStep, Guidance, OptimizerAt, SamplingStageConfig, StudentStep
+from gadjax.algorithms.stage import Algorithm, DiscriminatorConfig, Guidance, JudgeStep, OptimizerAt, SamplingStageConfig, StudentStep
 from gadjax.models.decoder import Network
 from gadjax.optimizer import update
 from gadjax.types import Metrics, MicroBatch, PackedRows, Params, Role
@@ -83,22 +83,24 @@ def make_score(network: Network) -> Score:
 
 
 def make_discriminator_step(
-    network: Network, optimizer: optax.GradientTransformation, *, train: bool = True, smoothing: float = 0.0
-) -> DiscriminatorStep:
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    config: DiscriminatorConfig = DiscriminatorConfig(),  # noqa: B008 (it is frozen)
+) -> JudgeStep:
     """Builds `step(discriminator, rows, rate=None) -> (discriminator, scores_BJ, metrics)`.
 
     The rows hold prompt + teacher + N students per group. One forward gives the loss and the scores, which are those before
-    the update. With `train=False` (the paper's off-policy study) the discriminator scores and stays as it is.
+    the update. With `train: false` (the paper's off-policy study) the discriminator scores and stays as it is.
     """
-    score = make_score(network)
+    score, pair_loss, smoothing = make_score(network), losses.PAIR_LOSSES[config.loss], config.label_smoothing
 
     def loss(params: Params, micro: MicroBatch) -> tuple[jax.Array, jax.Array]:
         scores_BJ = response_scores(network, params, micro)
-        pairs_BN = losses.bradley_terry(scores_BJ[:, 0], scores_BJ[:, 1:], smoothing)
+        pairs_BN = pair_loss(scores_BJ[:, 0], scores_BJ[:, 1:], smoothing)
         return jnp.sum(jnp.where(micro.here_BJ[:, 1:], pairs_BN, 0.0)) / pairs_BN.size, scores_BJ
 
     def metrics_of(scores_BJ: jax.Array) -> Metrics:
-        pairs_BN = losses.bradley_terry(scores_BJ[:, 0], scores_BJ[:, 1:], smoothing)
+        pairs_BN = pair_loss(scores_BJ[:, 0], scores_BJ[:, 1:], smoothing)
         return score_metrics(scores_BJ) | {"discriminator/loss": jnp.mean(pairs_BN)}
 
     def step(role: Role, rows: PackedRows, rate: jax.Array | None = None) -> tuple[Role, jax.Array, Metrics]:
@@ -108,12 +110,11 @@ def make_discriminator_step(
         role, grad_norm = update(optimizer, role, grads, rate, metrics["discriminator/loss"])
         return role, scores_BJ, metrics | {"discriminator/grad_norm": grad_norm}
 
-    def frozen_step(role: Role, rows: PackedRows, rate: jax.Array | None = None) -> tuple[Role, jax.Array, Metrics]:
-        del rate
+    def frozen_step(role: Role, rows: PackedRows, _: jax.Array | None = None) -> tuple[Role, jax.Array, Metrics]:
         scores_BJ = common_scores(score(role.params, rows), rows.first_BJ)
         return role, scores_BJ, metrics_of(scores_BJ)
 
-    return step if train else frozen_step
+    return step if config.train else frozen_step
 
 
 def make_student_step(
@@ -185,12 +186,7 @@ def build(config: GadConfig, optimizer_at: OptimizerAt, student: Network, discri
             importance_cap=config.importance_cap,
             balance=config.balance,
         ),
-        discriminator=make_discriminator_step(
-            discriminator,
-            optimizer_at(config.discriminator.learning_rate),
-            train=config.discriminator.train,
-            smoothing=config.discriminator.label_smoothing,
-        ),
+        discriminator=make_discriminator_step(discriminator, optimizer_at(config.discriminator.learning_rate), config.discriminator),
         balance=config.balance,
         student_reads="samples",
         needs_reference=True,

@@ -6,13 +6,14 @@ Algorithm`. The loop knows no more.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import optax
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gadjax.algorithms.balance import BalanceConfig
+from gadjax.models.fresh import SizeConfig
 from gadjax.optimizer import ScheduleConfig
 from gadjax.section import Section
 from gadjax.types import Metrics, PackedRows, Params, Role
@@ -25,15 +26,27 @@ class DiscriminatorConfig(Section):
         learning_rate: its height; the stage's schedule moves it.
         train: whether it goes on learning; false is the paper's off-policy study.
         from_: where its parameters and optimizer come from: a stage, RUN/STAGE of another run, the folder of an exported
-            discriminator, or `student` for a copy of the stage's first student with a fresh head. By default the stage's own
-            `from` if that has a discriminator, else `student`.
+            discriminator or of a language model with the student's tokenizer, of any size, or `student` for a copy of the stage's first
+            student with a fresh head. By default the stage's own `from` if that has a discriminator, else `student`.
+        random: a fresh discriminator of these dimensions instead.
+        loss: `bradley_terry`, the paper's, compares teacher and student on one prompt; `cross_entropy` says of each alone whose it is.
+            The score is then the log-odds of the teacher. The head has no bias for it: nearly all responses end with the same token, and
+            what the trunk makes of that is one.
         label_smoothing: ε, the share of a pair that counts as its reverse; it bounds the margin.
     """
 
     learning_rate: float = Field(default=1e-6, gt=0)
     train: bool = True
     from_: str | None = Field(default=None, alias="from")
+    random: SizeConfig | None = None
+    loss: Literal["bradley_terry", "cross_entropy"] = "bradley_terry"
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+
+    @model_validator(mode="after")
+    def _from_or_random(self) -> "DiscriminatorConfig":
+        if self.random is not None and self.from_ is not None:
+            raise ValueError("has both `from` and `random`: leave one out")
+        return self
 
 
 class SelectionConfig(Section):
@@ -121,7 +134,7 @@ class OptimizerAt(Protocol):
         ...
 
 
-DiscriminatorStep = Callable[..., tuple[Role, jax.Array, Metrics]]
+JudgeStep = Callable[..., tuple[Role, jax.Array, Metrics]]
 StudentStep = Callable[[Role, PackedRows, Guidance], tuple[Role, Metrics]]
 
 
@@ -140,7 +153,7 @@ class Algorithm:
     """
 
     student: StudentStep
-    discriminator: DiscriminatorStep | None = None
+    discriminator: JudgeStep | None = None
     student_reads: str = "teacher"
     student_begins: int = 0
     needs_reference: bool = False

@@ -35,11 +35,6 @@ def build(config: WarmupConfig, optimizer_at: OptimizerAt, student: Network, dis
     """The algorithm of a `warmup` stage."""
     return Algorithm(
         student=seqkd.make_student_step(student, optimizer_at(config.learning_rate)),
-        discriminator=gad.make_discriminator_step(
-            discriminator,
-            optimizer_at(config.discriminator.learning_rate),
-            train=config.discriminator.train,
-            smoothing=config.discriminator.label_smoothing,
-        ),
+        discriminator=gad.make_discriminator_step(discriminator, optimizer_at(config.discriminator.learning_rate), config.discriminator),
         student_begins=config.discriminator.only_first_steps,
     )

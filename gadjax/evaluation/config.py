@@ -20,6 +20,7 @@ class EvaluationConfig(Section):
         stages: the stages in the table, in this order, besides the untouched `student`; all of them by default.
         best_of: with more than 1, every stage also answers so often at T = 0.8, and a discriminator chooses: what does it add?
         discriminator: the stage whose discriminator does; by default the last one that has one.
+        referee: RUN/STAGE of another run, whose discriminator scores the greedy answers; null: none.
         judge: a model that compares answers (`gadjax judge RUN`); null: none.
         export: the stage that is exported at the end of a run; the last one by default.
     """
@@ -30,5 +31,6 @@ class EvaluationConfig(Section):
     stages: tuple[str, ...] | None = Field(default=None, strict=False)  # YAML has lists
     best_of: int = Field(default=1, ge=1, le=64)
     discriminator: str | None = None
+    referee: str | None = None
     judge: JudgeConfig | None = None
     export: str | None = None

@@ -85,6 +85,24 @@ def _check_sizes(folder: Path) -> None:
             raise UserError(str(file), f"has more than {LARGEST} bytes", WHOLE_FOLDER)
 
 
+def is_classifier(folder: Path) -> bool:
+    """Whether a folder holds a sequence classifier, as an exported discriminator is, and no language model."""
+    try:
+        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return False  # `read_config` tells what is wrong with it
+    return any(str(name).endswith("ForSequenceClassification") for name in architectures)
+
+
+def same_tokenizer(folder: Path, other: Path) -> bool:
+    """Whether texts have the same tokens in both folders; a folder without a tokenizer has no other one."""
+    files = [path / "tokenizer.json" for path in (folder, other)]
+    if not all(file.is_file() for file in files):
+        return True
+    one, two = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    return all(one.get(part) == two.get(part) for part in ("model", "normalizer", "pre_tokenizer", "added_tokens"))
+
+
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder's tokenizer."""
     return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,8 @@ TOKENIZER_CONFIG = {
 }
 
 
-class FreshConfig(Section):
-    """The dimensions of a fresh student; its weights are drawn with `run.seed`.
+class SizeConfig(Section):
+    """The dimensions of a fresh model; its weights are drawn with `run.seed`.
 
     Attributes:
         width: D.
@@ -49,7 +50,6 @@ class FreshConfig(Section):
         heads: query heads; divides `width`.
         kv_heads: key/value heads; divides `heads`.
         feed_forward: width of the feed-forward layers.
-        words: how many of the most frequent words have a token of their own, beside the 256 bytes.
     """
 
     width: int = Field(default=96, ge=8)
@@ -57,13 +57,22 @@ class FreshConfig(Section):
     heads: int = Field(default=4, ge=1)
     kv_heads: int = Field(default=2, ge=1)
     feed_forward: int = Field(default=256, ge=8)
-    words: int = Field(default=300, ge=0)
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "FreshConfig":
+    def _heads_divide(self) -> Self:
         if self.width % (2 * self.heads) or self.heads % self.kv_heads:
             raise ValueError("`heads` must divide half of `width`, and `kv_heads` must divide `heads`")
         return self
+
+
+class FreshConfig(SizeConfig):
+    """A fresh student.
+
+    Attributes:
+        words: how many of the most frequent words have a token of their own, beside the 256 bytes.
+    """
+
+    words: int = Field(default=300, ge=0)
 
 
 def word_tokenizer(texts: Iterable[str], words: int) -> Tokenizer:
@@ -82,8 +91,8 @@ def word_tokenizer(texts: Iterable[str], words: int) -> Tokenizer:
     return tokenizer
 
 
-def fresh_dims(config: FreshConfig, vocabulary: int) -> DecoderConfig:
-    """The dimensions of a fresh student with so many tokens."""
+def fresh_dims(config: SizeConfig, vocabulary: int) -> DecoderConfig:
+    """The dimensions of a fresh model with so many tokens."""
     return DecoderConfig(
         vocabulary=vocabulary,
         width=config.width,
