@@ -52,8 +52,13 @@ class Referee:
         """
         data, text = self.session.run.config.data, self.session.text
         prompts = [text.prompt_ids(prompt.messages, data.max_prompt_tokens) for prompt in samples.prompts]
+
+        def ids(answer: str, truncated: bool = False) -> tuple[int, ...]:
+            """A score is read at the last token: an answer that was cut off before any text has that of an empty one."""
+            return text.response_ids(answer, data.max_response_tokens, truncated) or (text.end_of_turn,)
+
         answers = [
-            [text.response_ids(teacher, data.max_response_tokens), text.response_ids(own, data.max_response_tokens, truncated)]
+            [ids(teacher), ids(own, truncated)]
             for teacher, own, truncated in zip(samples.teacher, samples.texts, samples.truncated.tolist(), strict=True)
         ]
         teacher_n, student_n = np.array(self.scorer(prompts, answers)).T

@@ -92,7 +92,7 @@ def test_a_referee_s_wins_are_those_of_its_scores_one_by_one(session: Session):
     scored = dict[str, tuple[float, float]]()
     for prompt, teacher, text, cut in zip(samples.prompts, samples.teacher, samples.texts, samples.truncated, strict=True):
         ids = session.text.prompt_ids(prompt.messages, 16)
-        answers = [session.text.response_ids(teacher, 16)], [session.text.response_ids(text, 16, cut)]
+        answers = [session.text.response_ids(teacher, 16)], [session.text.response_ids(text, 16, cut) or (session.text.end_of_turn,)]
         (of_teacher,), (own,) = alone([ids, ids], answers)
         scored[prompt.id] = of_teacher, own
     wins, scores = measured["referee_wins"], measured["referee_score"]

@@ -14,7 +14,7 @@ from gadjax.errors import UserError
 from gadjax.export import export_discriminator
 from gadjax.models.checkpoint import save
 from gadjax.models.decoder import language_model
-from gadjax.origins import check_origins, discriminator_dims
+from gadjax.origins import check_origins, discriminator_dims, role_from
 from gadjax.runs import Run
 from gadjax.session import Session
 from tests import tiny
@@ -110,7 +110,7 @@ def test_a_discriminator_may_be_of_another_size(session: Session, tmp_path: Path
     folder = tmp_path / "small"
     dims = discriminator_dims(fresh.run.config, "next", session.dims)
     network, tokenizer = language_model(dims, jnp.dtype(jnp.float32)), (session.folder / "tokenizer.json").read_bytes()
-    params = network.init(jax.random.key(1))
+    params = jax.jit(network.init)(jax.random.key(1))
     save(folder, session.family, dims, params, {"eos_token_id": 1, "pad_token_id": 0}, {"tokenizer.json": tokenizer})
     read = with_stage(session, **{"from": "runs/tiny/seqkd", "discriminator": {"from": str(folder)}})
     assert discriminator_dims(read.run.config, "next", session.dims) == dims
@@ -118,10 +118,10 @@ def test_a_discriminator_may_be_of_another_size(session: Session, tmp_path: Path
     assert begun is not None
     assert_same(begun.params["trunk"], params["trunk"])
     assert begun.params["head"].shape == (8,)
-    (folder / "tokenizer.json").write_bytes(tokenizer.replace(b'"Ali', b'"Bli', 1))
-    assert (folder / "tokenizer.json").read_bytes() != tokenizer
+    assert b"zadar" in tokenizer
+    (folder / "tokenizer.json").write_bytes(tokenizer.replace(b"zadar", b"radaz"))
     with pytest.raises(UserError, match="has another tokenizer than the student"):
-        read.first_state("next")
+        role_from(str(folder), "discriminator", session.models, session.folder, session.key)
 
 
 def test_a_discriminator_has_one_origin_and_no_adapters_beside_it():
