@@ -130,10 +130,10 @@ def role_from(origin: str, role: str, models: Models, student: Path, key: jax.Ar
 
 def _discriminator_in(folder: Path, models: Models, student: Path, key: jax.Array) -> Params:
     """The discriminator in a folder; of a language model's folder the trunk, and a fresh head."""
-    if not same_tokenizer(folder, student):
-        raise UserError(str(folder), "has another tokenizer than the student", "name a model that reads the student's tokens")
     headed, network = is_classifier(folder), models.discriminator
     family, _ = read_config(folder, classifier=headed)
+    if not same_tokenizer(folder, student):
+        raise UserError(str(folder), "has another tokenizer than the student", "name a model that reads the student's tokens")
     there = network.shapes if headed else {"trunk": network.shapes["trunk"]}
     return models.completed(network, load(folder, family, models.laid_out(network, there)), key)
 

@@ -88,8 +88,8 @@ def _check_sizes(folder: Path) -> None:
 def is_classifier(folder: Path) -> bool:
     """Whether a folder holds a sequence classifier, as an exported discriminator is, and no language model."""
     try:
-        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
-    except (OSError, ValueError, AttributeError):
+        architectures = json.loads(read_whole(folder / "config.json", WHOLE_FOLDER)).get("architectures") or []
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False  # `read_config` tells what is wrong with it
     return any(str(name).endswith("ForSequenceClassification") for name in architectures)
 
