@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +14,8 @@ TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 METADATA = ("metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal")
 METADATA_ADDRESSES = [ipaddress.ip_address(each) for each in ("100.100.100.200", "fd00:ec2::254", "fd20:ce::254")]
 INSIDE = (".local", ".internal", ".lan", ".localhost")  # endings of names that are known on one's own network alone
+# The name of an environment variable. One that mixes both cases with digits is a key: `gsk_aB3...`.
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*|[a-z_][a-z0-9_]*|[A-Za-z_]+")
 LARGEST = 2**28  # bytes of a file that is read as a whole
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -81,6 +84,17 @@ def check_address(field: str, address: str) -> None:
     inside = ip.is_private if ip is not None else "." not in host or host.endswith(INSIDE)
     if parts.scheme == "http" and not inside:
         raise UserError(field, f"http:// would send key and prompts to {host} for all to read", "write https://")
+
+
+def check_variable(field: str, name: str) -> None:
+    """Refuses a key where the name of the variable that holds it belongs; never shows it.
+
+    Raises:
+        UserError: it is no such name. Not ValueError, with which pydantic would show the value.
+    """
+    if not VARIABLE.fullmatch(name):
+        what, mend = "is no name of an environment variable", "name the variable that holds the key, and write the key into no config"
+        raise UserError(field, what, mend)
 
 
 def _ip(host: str) -> Address | None:

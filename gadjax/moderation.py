@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from gadjax.completions import Ask, Complete, Piece, Unavailable
 from gadjax.errors import UserError
-from gadjax.foreign import check_address, is_this_machine
+from gadjax.foreign import check_address, check_variable, is_this_machine
 from gadjax.section import Section
 
 AT_ONCE = 32  # texts a request
@@ -55,6 +55,12 @@ class ModerationConfig(Section):
         if address is not None:
             check_address("cleaning.moderation.base_url", address)
         return address
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_no_key(cls, name: str) -> str:
+        check_variable("cleaning.moderation.api_key_env", name)
+        return name
 
 
 class _Verdict(BaseModel):

@@ -10,6 +10,7 @@ array. What is no work of the devices, such as asking the teacher or writing fil
     gathered               the whole of a divided array  `np.asarray` does for what is on every device
     is_first, by_first     what one process does        files that are written, the teacher, what is said
     agreed                 what all must decide alike   whether a file is there, which checkpoint is the last
+    on_any                 what one process must hear   SIGTERM has come to another one
 """
 
 import itertools
@@ -18,7 +19,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import jax
@@ -294,6 +295,24 @@ def agreed(value: int) -> int:
 def least(value: int) -> int:
     """The least of all processes' values, on all processes."""
     return int(np.min(multihost_utils.process_allgather(np.int32(value))))
+
+
+def on_any(flag: Callable[[], bool], mesh: Mesh) -> Callable[[], bool]:
+    """A function that says whether `flag` was set on any process, the same on all of them.
+
+    Of several processes it is asked now and answered by the devices, when they have done what they were given before: whoever waits
+    for that anyway waits for nothing else.
+    """
+    if jax.process_count() == 1:
+        return flag
+    mine = np.array([flag()])
+    found = _any_of(mesh)(put_parts((mesh.size,), NamedSharding(mesh, PartitionSpec(AXES)), lambda _: mine))
+    return lambda: bool(np.asarray(found))
+
+
+@cache
+def _any_of(mesh: Mesh) -> jax.stages.Wrapped:
+    return jit_on(mesh, jnp.any, out_shardings=replicated(mesh))
 
 
 def check_same(text: str, what: str) -> None:

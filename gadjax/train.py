@@ -5,9 +5,10 @@ rows of the student's responses -> student (update). A stage without a discrimin
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from gadjax.records import TokenGroup
 from gadjax.runs import Run
 from gadjax.selection import Selection
 from gadjax.session import Session
-from gadjax.sharding import agreed, is_first, put, replicated
+from gadjax.sharding import agreed, is_first, on_any, put, replicated
 from gadjax.steps import Programs, responses_of
 from gadjax.stopping import finishing
 from gadjax.stopwatch import Stopwatch
@@ -290,7 +291,7 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
     if not done:
         _begin(stage, validate(stage.state, 0), write)
     page = _Page(show)
-    with track(stage.name, total, done) as advance, _stoppable() as stopping:
+    with track(stage.name, total, done) as advance, finishing() as asked:
 
         def finish(step: int, pending: Pending, more: Floats) -> None:
             metrics = stage.checked(step, pending.fetch() | more)
@@ -306,7 +307,7 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
 
         late: Pending | None = None
         for step in range(done + 1, total + 1):
-            groups = next(data)
+            groups, heard = next(data), on_any(asked, stage.session.models.mesh)
             with jax.transfer_guard("disallow"):
                 pending = stage.step(step - 1, groups)
             if late is not None:
@@ -314,7 +315,7 @@ def _loop(stage: Stage, data: Any, write: Write, checkpoints: Checkpoints, done:
                 with pending.watch.beside("metrics"):
                     finish(step - 1, late, {})  # of the step before, while the device works on this one
             stage.balancer.see(stage.unseen)
-            late, stops = pending, stopping()
+            late, stops = pending, _stops(asked, heard)
             validates, saves = _due(config, step, total, stops)
             if validates or saves:
                 pending.wait()  # what follows is no part of its time
@@ -342,9 +343,11 @@ def _due(config: StageConfig, step: int, total: int, stops: bool) -> tuple[bool,
     return validates, saves or stops or (validates and config.select is not None)
 
 
-def _stoppable() -> AbstractContextManager[Callable[[], bool]]:
-    """Tells whether to save and end. Of several processes none can save alone: these end at once, and go on from the last checkpoint."""
-    return finishing() if jax.process_count() == 1 else nullcontext(lambda: False)
+def _stops(asked: Callable[[], bool], heard: Callable[[], bool]) -> bool:
+    """Whether to save this step and end. If SIGTERM has come to another process, it is from here on as if it had come to this one."""
+    if heard() and not asked():
+        signal.raise_signal(signal.SIGTERM)
+    return heard()
 
 
 def refuse_nan(stage: str, step: int, metrics: Floats) -> Floats:

@@ -173,6 +173,26 @@ def test_a_cache_of_the_first_layout_is_taken_over(path: Path) -> None:
         assert cache.outcomes(KEYS)[KEYS[0]].text == "old"
 
 
+def test_a_cache_of_the_second_layout_is_taken_over(path: Path) -> None:
+    with TeacherCache(path) as cache:
+        cache.add(REQUESTS)
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE shared")
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    for change in (1.0, 2.0):
+        with TeacherCache(path) as cache, cache.shared("pace") as numbers:
+            assert numbers == ({} if change == 1 else {"now": 1.0})
+            numbers["now"] = change
+            assert cache._db.execute("PRAGMA synchronous").fetchone() == (1,)
+    with TeacherCache(path) as cache:
+        with pytest.raises(ZeroDivisionError), cache.shared("pace") as numbers:
+            numbers["now"] = 1 / 0
+        with cache.shared("pace") as numbers:
+            assert numbers == {"now": 2.0}
+        assert cache._db.execute("PRAGMA synchronous").fetchone() == (2,) and lease(cache, KEYS)[0] == set(KEYS)
+
+
 def test_a_request_is_read_again_from_its_text() -> None:
     wanted = Request("openai", "gpt", ({"role": "user", "content": "é"},), {"temperature": 0.5, "seed": 3}, 2)
     assert Request.parse(wanted.json) == wanted

@@ -11,8 +11,12 @@ import json
 import pickle
 import re
 import struct
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from gadjax import cli, moderation
+from gadjax.checkpointing import Checkpoints
 from gadjax.completions import read_request
 from gadjax.config import LONGEST, load_config, make_config, parse_yaml
 from gadjax.data.snapshot import Example, Snapshot, freeze
@@ -35,6 +40,7 @@ from gadjax.models.fresh import FreshConfig, write_fresh
 from gadjax.moderation import ModerationConfig, Moderator
 from gadjax.records import Answer, Prompt, TokenGroup
 from gadjax.report.audit import write_audit
+from gadjax.rollout.config import RemoteConfig
 from gadjax.rows import MAX_LINE, read_rows
 from gadjax.seals import OWN, guarded
 from gadjax.speaking import Speaker
@@ -165,16 +171,28 @@ def test_any_values_are_a_config_or_a_mistake_told_in_a_line(values: dict[str, A
 
 # --- addresses ---------------------------------------------------------------------------------------------------------
 
+SECTIONS: list[Callable[..., object]] = [
+    lambda address, variable="KEY": TeacherConfig(base_url=address, api_key_env=variable),
+    lambda address, variable="KEY": ModerationConfig(base_url=address, api_key_env=variable),
+    lambda address, variable="KEY": RemoteConfig(url=address, weights=Path(), api_key_env=variable),
+]
 LOCAL = ["169.254.169.254", "169.16689662", "2852039166", "0xa9fea9fe", "0251.0376.0251.0376", "[fe80::1]", "[::ffff:169.254.169.254]"]
 LOCAL += ["metadata.google.internal", "METADATA", "metadata.google.internal.", "100.100.100.200", "[fd00:ec2::254]", "0.0.0.0", "224.0.0.1"]
 
 
 @pytest.mark.parametrize("host", LOCAL)
-@pytest.mark.parametrize("section", [TeacherConfig, ModerationConfig])
+@pytest.mark.parametrize("section", SECTIONS, ids=["teacher", "moderation", "rollout"])
 def test_a_machine_s_own_network_is_no_endpoint(section: Callable[..., object], host: str) -> None:
     for scheme in ("http", "https"):
-        with pytest.raises(UserError, match=r"base_url: .* is no address of an endpoint"):
-            section(base_url=f"{scheme}://{host}/latest/meta-data")
+        with pytest.raises(UserError, match=r"(base_url|remote\.url): .* is no address of an endpoint"):
+            section(f"{scheme}://{host}/latest/meta-data")
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=["teacher", "moderation", "rollout"])
+def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(section: Callable[..., object]) -> None:
+    with pytest.raises(UserError, match=r"api_key_env: is no name of an environment variable; ") as stop:
+        section("https://api.example.com/v1", KEY)
+    assert KEY not in "".join(traceback.format_exception(stop.value, chain=True))
 
 
 @pytest.mark.parametrize(
@@ -471,6 +489,70 @@ def test_an_endpoint_that_repeats_the_key_makes_it_known_to_nobody(
     assert KEY not in told and KEY not in Path("/proc/self/cmdline").read_text()
     assert {"mine", "other"} <= {path.name for path in Path("here").iterdir()} and Path("here/mine/report/data.html").exists()
     assert holding(tmp_path, KEY) == []
+
+
+WHOLE = """
+run: {{name: mine, folder: here}}
+teacher: {{model: gpt-5-chat, base_url: "{url}", api_key_env: TEST_KEY, max_tokens: 64}}
+prompts: {{train: prompts.jsonl, validation_share: 0.2}}
+student:
+  random: {{width: 16, layers: 1, heads: 2, kv_heads: 1, feed_forward: 32, words: 60}}
+  compute_dtype: float32
+data: {{max_prompt_tokens: 16, max_response_tokens: 16, row_tokens: 64}}
+cleaning: {{near_duplicates: null, overlap: null}}
+stages:
+  seqkd: {{algorithm: seqkd, max_steps: 1, batch_groups: 8, learning_rate: 1e-3}}
+  gad: {{algorithm: gad, from: seqkd, max_steps: 2, batch_groups: 8, group_size: 2, learning_rate: 1e-3, checkpoint_every: 1,
+        discriminator: {{learning_rate: 1e-3}}}}
+evaluation:
+  validation_groups: 8
+  batch_groups: 8
+  judge: {{model: gpt-4o, base_url: "{url}", api_key_env: TEST_KEY, max_tokens: 64}}
+"""
+
+
+def ran(arguments: list[str], experiment: tiny.Tiny) -> tuple[int, str, set[str]]:
+    """Status and output of a process, and the command lines of all processes of this machine while it ran."""
+    seen = set[str]()
+    with Path("said.txt").open("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", tiny.MAIN, *arguments], env=experiment.environment, stdout=said, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:
+            for entry in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):  # it is over
+                    seen.add(entry.read_text(errors="replace"))
+            time.sleep(0.2)
+        return process.returncode, Path("said.txt").read_text(), seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_whole_run_with_a_key_that_the_endpoint_repeats_writes_it_nowhere(tmp_path: Path) -> None:
+    """Teacher and judge put the key into every answer, from which students, reports and exports are made."""
+
+    def reply(text: str, before: int) -> Reply:
+        return 200, {}, good(json.dumps({"first": 5, "second": 5}) if text.startswith("===") else f"{KEY} answers {text}", model=f"m-{KEY}")
+
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(40)))
+    with desk(reply) as (server, teacher):
+        Path("mine.yaml").write_text(WHOLE.format(url=teacher.base_url))
+        experiment = tiny.Tiny(tmp_path, tmp_path / "compiled")
+        status, said, commands = ran(["run", "mine.yaml"], experiment)
+        assert status == 0, said
+        status, more, others = ran(["export", "here/mine/gad", "--discriminator"], experiment)
+        assert status == 0, more
+    assert len(server.headers) > 50 and all(sent["Authorization"] == f"Bearer {KEY}" for sent in server.headers)
+    run = Path("here/mine")
+    written = {path.relative_to(run).parts[0] for path in run.rglob("*") if path.is_file()}
+    assert written >= {"config.yaml", "summary.json", "teacher.sqlite", "data", "stages", "evaluation", "report", "export", "tensorboard"}
+    assert "judge_points" in (run / "summary.json").read_text() and (run / "export" / "gad-discriminator" / "model.safetensors").is_file()
+    assert holding(tmp_path, KEY) == [] and KEY not in said + more
+    assert not any(KEY in command for command in commands | others) and any("mine.yaml" in command for command in commands)
+    answers = [example.answer.text for example in Snapshot.open(run / "data").train]  # which are compressed there
+    assert answers and all(answer.startswith("[key] answers question") for answer in answers)
+    with Checkpoints(run / "stages" / "gad" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps == [1, 2] and KEY not in json.dumps([checkpoints.restore_host(step) for step in checkpoints.steps])
 
 
 # --- keys of the cache, and the manifest ---------------------------------------------------------------------------------

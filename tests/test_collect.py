@@ -56,7 +56,7 @@ def test_every_prompt_is_answered_once_and_never_again(cache: TeacherCache) -> N
     with desk(lambda text, before: ok(text)) as (server, teacher):
         progress = list[tuple[int, int]]()
         summary = collect([*PROMPTS, PROMPTS[0]], teacher, cache, lambda done, total: progress.append((done, total)))
-        again = collect(PROMPTS, teacher, cache)
+        again = collect(PROMPTS[::-1], teacher, cache)  # in another order
     assert summary == again == Summary(wanted=40, ok=40, refused=0, failed=0, truncated=0, cost=summary.cost)
     assert summary.cost == pytest.approx(40 * (10 * 1.25e-6 + 20 * 10e-6))
     assert set(server.asked.values()) == {1} and len(server.asked) == 40

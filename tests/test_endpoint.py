@@ -4,8 +4,9 @@ import gzip
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import example, given
@@ -299,6 +300,38 @@ def test_the_config_s_limits_are_kept(cache: TeacherCache, monkeypatch: pytest.M
     most = 16 + 16 + len("question 0") + 100
     assert (limits, taken) == ([(300.0, 600_000.0)], [most] * 4)
     assert given_back == [most - 30, most - 30, most, most - 30]  # an error has no tokens
+
+
+def test_collectors_of_one_cache_keep_one_limit(tmp_path: Path) -> None:
+    came = list[float]()
+
+    def reply(text: str, before: int) -> Reply:
+        came.append(time.monotonic())
+        return ok(text)
+
+    def collector(prompts: Sequence[Prompt]) -> None:
+        with TeacherCache(tmp_path / "teacher.sqlite") as cache:
+            collect(prompts, teacher.model_copy(update={"requests_per_minute": 1200.0}), cache)
+
+    with desk(reply) as (_, teacher), TeacherCache(tmp_path / "teacher.sqlite"):
+        began = time.monotonic()
+        threads = [threading.Thread(target=collector, args=(PROMPTS[start::2],)) for start in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(came) == len(PROMPTS) and max(came) - began >= (len(PROMPTS) - 1) * 60 / 1200
+
+
+def test_a_clock_that_goes_back_lets_nobody_wait(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TeacherConfig(requests_per_minute=6, tokens_per_minute=60)
+    one, other = (dispatch.Dispatcher(Mock(), Mock(), config, cache, Mock()) for _ in range(2))
+    one._endpoint = other._endpoint = "openai gpt"
+    monkeypatch.setattr(time, "time", lambda: 1_000_000.0)
+    assert [one._take_turn(5), other._take_turn(20), one._take_turn(1)] == [0, 10, 30]  # by requests, then by tokens
+    other._give_back(20)
+    monkeypatch.setattr(time, "time", lambda: 5_000.0)
+    assert [one._take_turn(1), other._take_turn(1)] == [0, 10]
 
 
 JSON = st.recursive(

@@ -26,7 +26,7 @@ CONFIG = tiny.with_stages(
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that is over: its status, what it said, and the seconds from the start until then."""
+    """A process that is over: its status, what it said, and the `time.monotonic()` of its end."""
 
     status: int
     said: str
@@ -58,7 +58,7 @@ def together(folder: Path, processes: int, devices: int, program: str, *argument
         while running and time.monotonic() < started + 500:
             for index in [index for index, process in running.items() if process.poll() is not None]:
                 status = running.pop(index).returncode
-                ended[index] = Ended(status, files[index].read_text(), time.monotonic() - started)
+                ended[index] = Ended(status, files[index].read_text(), time.monotonic())
             time.sleep(0.1)
         assert not running, {index: files[index].read_text()[-2000:] for index in running}
     finally:
@@ -144,7 +144,7 @@ def test_what_is_told_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch, told: 
 # --- whole runs ---------------------------------------------------------------------------------------------------------
 
 DIGEST = """
-import hashlib, os, signal, sys
+import hashlib, os, signal, sys, time
 from pathlib import Path
 import jax
 from gadjax.sharding import gathered, is_first, start_processes
@@ -156,18 +156,19 @@ def digest(state):
     return whole.hexdigest()
 """
 
-# gadjax, which keeps the digest of every state that it saves. Its first argument says which process kills itself in which step of gad.
+# gadjax, which keeps the digest of every state that it saves. Its first argument says which process signals itself in which step of gad.
 RUN = f"""{DIGEST}
 from gadjax import train
 from gadjax.checkpointing import Checkpoints
 from gadjax.cli import main
 
-process, step = map(int, sys.argv.pop(1).split(":"))
+process, step, number = map(int, sys.argv.pop(1).split(":"))
 check, save = train.refuse_nan, Checkpoints.save
 
 def check_or_die(stage, at, metrics):
     if (stage, at, jax.process_index()) == ("gad", step, process):
-        os.kill(os.getpid(), signal.SIGKILL)
+        Path("signalled").write_text(str(time.monotonic()))
+        os.kill(os.getpid(), number)
     return check(stage, at, metrics)
 
 def save_and_tell(checkpoints, at, state, host):
@@ -194,7 +195,7 @@ found = digest(state)
 if is_first():
     print("restored", found)
 """
-NEVER = "-1:0"
+NEVER = "-1:0:0"
 
 
 def made(folder: Path) -> Path:
@@ -269,7 +270,7 @@ def test_a_checkpoint_of_two_processes_is_restored_on_others(two: Path, processe
 def test_a_killed_process_ends_all_and_the_restart_ends_with_the_same_bits(tmp_path: Path, two: Path):
     folder = made(tmp_path / "killed")
     for process, step in ((1, 3), (0, 4)):
-        ended = together(folder, 2, 4, RUN, f"{process}:{step}", "run", "tiny.yaml")
+        ended = together(folder, 2, 4, RUN, f"{process}:{step}:{signal.SIGKILL:d}", "run", "tiny.yaml")
         killed, other = ended[process], ended[1 - process]
         assert killed.status == -signal.SIGKILL, killed.said
         assert other.status != 0 and other.seconds - killed.seconds < 120
@@ -280,4 +281,22 @@ def test_a_killed_process_ends_all_and_the_restart_ends_with_the_same_bits(tmp_p
     assert "gad: goes on after step 2" in ended[0].said
     for name in ("gad-2.saved", "gad-4.saved"):
         assert (folder / name).read_text() == (two / name).read_text()
+    assert rows(folder, "gad") == rows(two, "gad")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_sigterm_to_one_process_saves_the_same_step_on_all_and_ends_them(tmp_path: Path, two: Path):
+    folder = made(tmp_path / "terminated")
+    ended = together(folder, 2, 4, RUN, f"1:2:{signal.SIGTERM:d}", "run", "tiny.yaml")
+    assert [process.status for process in ended] == [143, 143], ended[0].said + ended[1].said
+    took = max(process.seconds for process in ended) - float((folder / "signalled").read_text())
+    print(f"\nsaved, and all processes out, {took:.1f} s after SIGTERM to one of them")
+    assert took < 20
+    assert "gad: asked to stop; the checkpoint after step 3 is written" in ended[0].said
+    assert (folder / "gad-3.saved").exists() and len(rows(folder, "gad")) == 1 + 3
+    ended = together(folder, 2, 4, RUN, NEVER, "run", "tiny.yaml")
+    assert [process.status for process in ended] == [0, 0], ended[0].said
+    assert "gad: goes on after step 3" in ended[0].said
+    assert (folder / "gad-4.saved").read_text() == (two / "gad-4.saved").read_text()
     assert rows(folder, "gad") == rows(two, "gad")

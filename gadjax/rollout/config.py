@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from gadjax.foreign import check_address, check_variable
 from gadjax.section import Section
 from gadjax.sharding import MeshConfig
 
@@ -27,6 +28,18 @@ class RemoteConfig(Section):
     weights: Path = Field(strict=False)
     model: str | None = None
     api_key_env: str = "VLLM_API_KEY"
+
+    @field_validator("url")
+    @classmethod
+    def _may_be_sent_to(cls, address: str) -> str:
+        check_address("rollout.remote.url", address)
+        return address
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_no_key(cls, name: str) -> str:
+        check_variable("rollout.remote.api_key_env", name)
+        return name
 
 
 class RolloutConfig(Section):

@@ -24,7 +24,7 @@ from gadjax.errors import UserError
 from gadjax.records import Message
 from gadjax.teachers.requests import COLUMNS, Outcome, Request
 
-LAYOUT = 2  # of the file; 1 had no reservations and batches
+LAYOUT = 3  # of the file; 1 had no reservations and batches, 2 nothing shared
 BUSY_SECONDS = 60.0  # how long a writer waits for another process's transaction
 
 
@@ -93,6 +93,7 @@ BATCHES = """
         created REAL NOT NULL
     ) STRICT
 """
+SHARED = "CREATE TABLE IF NOT EXISTS shared (name TEXT PRIMARY KEY, numbers TEXT NOT NULL) STRICT"
 RESERVED = "ALTER TABLE answers ADD COLUMN reserved REAL NOT NULL DEFAULT 0"
 # Sums of money are made from it alone: the table has all the texts.
 MONEY = "CREATE INDEX IF NOT EXISTS money ON answers (state, cost, reserved, leased_until)"
@@ -140,7 +141,7 @@ class TeacherCache:
             return  # nothing is written by opening
         with self._transaction():
             version = self._check_version(*range(LAYOUT + 1))  # another process may have been first
-            for statement in {0: (ANSWERS, MONEY, BATCHES), 1: (RESERVED, MONEY, BATCHES)}.get(version, ()):
+            for statement in {0: (ANSWERS, MONEY, BATCHES, SHARED), 1: (RESERVED, MONEY, BATCHES, SHARED), 2: (SHARED,)}.get(version, ()):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {LAYOUT}")
 
@@ -286,6 +287,22 @@ class TeacherCache:
         with self._transaction():
             self._db.execute("UPDATE answers SET state = 'pending' WHERE state = 'leased' AND owner = ?", (token,))
             self._db.execute("DELETE FROM batches WHERE token = ?", (token,))
+
+    @contextmanager
+    def shared(self, name: str) -> Iterator[dict[str, float]]:
+        """Numbers that all who use the cache have in common; what is changed in them within is changed for all.
+
+        This alone may be forgotten when the power fails: it is not waited for.
+        """
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            with self._transaction():
+                row = self._db.execute("SELECT numbers FROM shared WHERE name = ?", (name,)).fetchone()
+                numbers: dict[str, float] = json.loads(row[0]) if row else {}
+                yield numbers
+                self._db.execute("INSERT OR REPLACE INTO shared (name, numbers) VALUES (?, ?)", (name, json.dumps(numbers)))
+        finally:
+            self._db.execute("PRAGMA synchronous = FULL")
 
     def outcomes(self, keys: Iterable[str]) -> dict[str, Outcome]:
         """The outcomes of those keys that have one."""

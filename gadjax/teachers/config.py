@@ -1,18 +1,14 @@
 """The config section `teacher`: whom to ask, how, and for how much."""
 
-import re
 from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from gadjax.errors import UserError
-from gadjax.foreign import check_address
+from gadjax.foreign import check_address, check_variable
 from gadjax.section import Section
 
 OPENAI = "https://api.openai.com/v1"
-# The name of an environment variable. One that mixes both cases with digits is a key: `gsk_aB3...`.
-VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*|[a-z_][a-z0-9_]*|[A-Za-z_]+")
 
 
 class Price(Section):
@@ -68,7 +64,7 @@ class TeacherConfig(Section):
         max_tokens: the longest answer; one that reaches it is marked as truncated.
         samples: answers to each prompt.
         concurrency: requests under way at once.
-        requests_per_minute: at most so many are sent by each collecting process; null is as many as the endpoint takes.
+        requests_per_minute: at most so many are sent by all who collect with this cache; null is as many as the endpoint takes.
         tokens_per_minute: the same of tokens, prompts and answers together.
         max_cost: US dollars that all answers of the cache may cost together, whoever collects them; what a reply that was lost may
             have cost counts.
@@ -108,11 +104,8 @@ class TeacherConfig(Section):
     @field_validator("api_key_env")
     @classmethod
     def _is_no_key(cls, name: str) -> str:
-        if VARIABLE.fullmatch(name):
-            return name
-        # Not ValueError, which would show the value.
-        what, mend = "is no name of an environment variable", "name the variable that holds the key, and write the key into no config"
-        raise UserError("teacher.api_key_env", what, mend)
+        check_variable("teacher.api_key_env", name)
+        return name
 
     @model_validator(mode="after")
     def _is_whole(self) -> "TeacherConfig":

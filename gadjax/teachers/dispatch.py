@@ -73,25 +73,29 @@ class Pace:
     """When the next request may be sent, by limits on requests and on tokens a minute; evenly, without bursts.
 
     A request takes its turn with the most tokens that it may have; those that it did not have are given back.
+
+    Attributes:
+        limited: whether there is a limit.
+        next: the times from which the next request, and the next token, may be sent.
     """
 
     def __init__(self, requests_per_minute: float | None, tokens_per_minute: float | None):
         self._between = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._a_token = 60.0 / tokens_per_minute if tokens_per_minute else 0.0
-        self._next_request = self._next_token = 0.0  # in the caller's time
+        self.limited = bool(self._between or self._a_token)
+        self.next = (0.0, 0.0)  # in the caller's time
 
     def take(self, now: float, tokens: int) -> float:
         """Takes a turn; returns the time of it."""
-        turn = max(now, self._next_request, self._next_token)
-        if self._between:
-            self._next_request = turn + self._between
-        if self._a_token:
-            self._next_token = turn + tokens * self._a_token
+        turn = max(now, *self.next)
+        request, token = self.next
+        self.next = (turn + self._between if self._between else request, turn + tokens * self._a_token if self._a_token else token)
         return turn
 
     def give_back(self, tokens: int) -> None:
         """Takes back the share of a turn that was not used."""
-        self._next_token -= tokens * self._a_token
+        request, token = self.next
+        self.next = (request, token - tokens * self._a_token)
 
 
 class Dispatcher:
@@ -135,6 +139,7 @@ class Dispatcher:
             UserError: it was stopped by a fault or the budget.
         """
         self._open, self._done, self._total = deque(requests), done, done + len(requests)
+        self._endpoint = f"{requests[0].provider} {requests[0].model}" if requests else ""
         tasks = [asyncio.create_task(self._work_all()), asyncio.create_task(self._write_all())]
         try:
             await asyncio.wait(tasks)
@@ -220,8 +225,8 @@ class Dispatcher:
         """Waits for the request's turn. False: it is stopped, or the money is too short for another try."""
         while (quiet := self._quiet_until - time.monotonic()) > 0 and not self._stop.is_set():
             await self._pause(quiet + random.uniform(0.0, self._config.retry_wait))  # not all at once
-        turn = self._pace.take(time.monotonic(), self._most_tokens(request))
-        await self._pause(turn - time.monotonic())
+        if self._pace.limited:
+            await self._pause(await self._in_thread(self._take_turn, self._most_tokens(request)))
         if paid and not self._stop.is_set():
             if not await self._in_thread(self._cache.reserve, request.key, paid + worst, self._config.max_cost):
                 await self._halt_for_money(paid)
@@ -237,8 +242,26 @@ class Dispatcher:
             used = most if retry.billed else 0
             raise
         finally:
-            self._pace.give_back(most - used)
+            if self._pace.limited:
+                await self._in_thread(self._give_back, most - used)
         return outcome
+
+    def _take_turn(self, tokens: int) -> float:
+        """Takes a turn among all who collect from this endpoint with this cache; returns the seconds until then."""
+        with self._cache.shared(self._endpoint) as kept:
+            now = time.time()  # which they have in common
+            if kept.get("now", 0.0) > now:
+                kept.clear()  # the clock has gone back
+            self._pace.next = (kept.get("request", 0.0), kept.get("token", 0.0))
+            turn = self._pace.take(now, tokens)
+            kept["now"], (kept["request"], kept["token"]) = now, self._pace.next
+        return turn - now
+
+    def _give_back(self, tokens: int) -> None:
+        with self._cache.shared(self._endpoint) as kept:
+            self._pace.next = (kept.get("request", 0.0), kept.get("token", 0.0))
+            self._pace.give_back(tokens)
+            kept["request"], kept["token"] = self._pace.next
 
     def _most_tokens(self, request: Request) -> int:
         return most_prompt_tokens(request) + int(request.parameters["max_tokens"])
