@@ -125,7 +125,9 @@ def figures(found: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, str]
     drawings = {}
     for name in dict.fromkeys(name for metrics in found["stages"].values() for name in metrics):
         values = {stage: [metrics[name]] for stage, metrics in found["stages"].items() if metrics.get(name) is not None}
-        chart = bar_chart(name, "mean over seeds", [""], values, colours)
+        spans = {stage: [(low, high)] for stage in values for low, high in [found["intervals"][stage][name]] if low is not None}
+        unit = "mean over seeds with 95 % interval" if spans else "mean over seeds"
+        chart = bar_chart(name, unit, [""], values, colours, spans)
         drawings[f"means-{name}"] = figure(chart, 2 * WIDTH)
     curves = {
         stage: mean_rows([read(folder / "stages" / stage / "metrics.jsonl") for folder in folders])

@@ -1,6 +1,7 @@
 """Studies: seeds run one after the other, and their summaries made one."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,12 @@ def test_a_study_runs_every_seed_and_gives_intervals_over_them(tmp_path: Path, c
     assert lines[2].startswith("gad,validity,") and lines[2].endswith(",3")
     drawings = {file.name for file in (tmp_path / "runs/some-study").glob("*.svg")}
     assert drawings == {"means-validity.svg", "curve-length-of-responses.svg"}
+    bars = (tmp_path / "runs/some-study/means-validity.svg").read_text()
+    bar = re.findall(r'<rect class="k\d" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"><title>', bars)
+    whisker = re.findall(r'<line class="axis" x1="([\d.]+)" x2="\1" y1="([\d.]+)" y2="([\d.]+)"/>', bars)
+    for (top, height), mean, (_, low, high) in zip(bar, (0.5, 0.7), whisker, strict=True):
+        assert (float(low) + float(high)) / 2 == pytest.approx(float(top), abs=0.2), "an interval lies about its mean"
+        assert (float(low) - float(high)) / 2 == pytest.approx(0.2484138 * float(height) / mean, abs=0.2)
 
 
 def test_curves_are_means_over_the_seeds():

@@ -70,14 +70,23 @@ def line_chart(title: str, unit: str, series: Sequence[Series], from_zero: bool 
     return Chart(title, unit, _svg(f"{title} ({unit})", parts), legend)
 
 
-def bar_chart(title: str, unit: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], colours: Mapping[str, int]) -> Chart:
-    """Bars side by side: per group one bar of every series. The y axis starts at 0."""
-    width = 2 * WIDTH
-    y_axis = _Axis.over([0, *(value for values in series.values() for value in values)], HEIGHT - BOTTOM, TOP, padded=False)
+def bar_chart(
+    title: str,
+    unit: str,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    colours: Mapping[str, int],
+    intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Chart:
+    """Bars side by side: per group one bar of every series. The y axis starts at 0; what an interval has below is cut off."""
+    width, whiskers = 2 * WIDTH, intervals or {}
+    highest = [*(value for values in series.values() for value in values), *(high for spans in whiskers.values() for _, high in spans)]
+    y_axis = _Axis.over([0, *highest], HEIGHT - BOTTOM, TOP, padded=False)
     band = (width - LEFT - RIGHT) / len(groups)
     bar = 0.8 * band / len(series)
     name = Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
     rect = Markup('<rect class="k{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}, {}: {}</title></rect>')
+    whisker = Markup('<line class="axis" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>')
     parts = [_rules(y_axis, width)]
     for g, group in enumerate(groups):
         start = LEFT + (g + 0.1) * band
@@ -86,6 +95,9 @@ def bar_chart(title: str, unit: str, groups: Sequence[str], series: Mapping[str,
             top = y_axis.at(values[g])
             text = (label, group, number(values[g]))
             parts.append(rect.format(colours[label] % COLOURS, start + s * bar, top, 0.92 * bar, HEIGHT - BOTTOM - top, *text))
+            if label in whiskers:
+                low, high = whiskers[label][g]
+                parts.append(whisker.format(start + (s + 0.46) * bar, y_axis.at(max(low, 0)), y_axis.at(high)))
     return Chart(title, unit, _svg(f"{title} ({unit})", parts, width), tuple((label, colours[label] % COLOURS, "") for label in series))
 
 
