@@ -5,6 +5,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from gadjax.metrics import MetricsLog
 from gadjax.report.charts import Series, bar_chart, line_chart, number
 from gadjax.report.curves import PANELS, stage_charts
 from gadjax.report.page import write_report
+from gadjax.train import _Page
 
 HOSTILE = "</pre></main><script>alert(1)</script><img src=x onerror=alert(2)>\"'& {{ 7 * 7 }} \ud800"
 LINKS = {"src", "href", "srcset", "data", "action", "poster"}
@@ -356,3 +358,12 @@ def test_health_is_told_and_a_run_under_way_reloads(tmp_path: Path):
     html = write_report(tmp_path, ["seqkd", "gad"], under_way="gad").read_text(encoding="utf-8")
     assert '<meta http-equiv="refresh" content="30">' in html and "under way: gad" in Page(html).text
     assert "refresh" not in write_report(tmp_path, ["seqkd", "gad"]).read_text(encoding="utf-8")
+
+
+def test_what_is_shown_of_a_run_is_brought_up_to_date_at_news_and_after_a_minute(monkeypatch: pytest.MonkeyPatch):
+    clock, shown = [0.0], list[float]()
+    monkeypatch.setattr("gadjax.train.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    page = _Page(lambda: shown.append(clock[0]))
+    for clock[0], news in ((1.0, False), (2.0, True), (50.0, False), (63.0, False), (64.0, False)):
+        page.show(news)
+    assert shown == [2.0, 63.0]
