@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import chain
 
 from rich.console import Console
 from rich.live import Live
@@ -71,9 +72,10 @@ class Chat:
     def _one_after_another(self) -> dict[str, str]:
         said = {}
         for name in self._speakers:
+            stream, pieces = self._pieces(name), list[Piece]()
+            first = next(stream)  # a question that is refused leaves no name behind
             self._console.print(Shown(f"{name}: "), end="", style="bold")
-            pieces = list[Piece]()
-            for piece in self._pieces(name):
+            for piece in chain((first,), stream):
                 pieces.append(piece)
                 self._console.file.write(harmless(piece.text))  # as it is: nothing is markup, a tab stays a tab
                 self._console.file.flush()

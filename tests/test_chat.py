@@ -13,6 +13,7 @@ from rich.console import Console
 from gadjax import cli
 from gadjax.chat import Chat
 from gadjax.completions import Ask, Piece
+from gadjax.errors import UserError
 from gadjax.foreign import harmless
 from tests import tiny
 
@@ -52,6 +53,18 @@ def test_answers_are_shown_with_their_scores_and_nothing_reaches_the_terminal():
     out = io.StringIO()
     talk(Console(file=out, highlight=False, soft_wrap=True), ["hi"], gad=Parrot(HOSTILE))
     assert out.getvalue() == f"gad: {SHOWN}\n  score -1.250, cut by its length\n"
+
+
+def test_a_question_that_is_refused_leaves_no_name_behind(capsys: pytest.CaptureFixture[str]):
+    class Refusing(Parrot):
+        def complete(self, ask: Ask) -> Generator[Piece, None, None]:
+            raise UserError("messages", "have more than 16 tokens", "shorten them")
+            yield
+
+    out = io.StringIO()
+    talk(Console(file=out), ["hi"], gad=Refusing(""))
+    assert out.getvalue() == ""
+    assert "have more than 16 tokens" in capsys.readouterr().err
 
 
 def test_two_stages_stand_side_by_side_on_a_terminal():
