@@ -23,7 +23,7 @@ import jax
 import yaml
 from etils import epath
 
-from gadjax.config import Config, dump_config, load_config, parse_yaml, stage_of
+from gadjax.config import Config, dump_config, load_config, stage_of
 from gadjax.errors import UserError
 from gadjax.files import replace_file
 from gadjax.mirror import CHECKPOINTS, CLOCK, Mirror
@@ -239,13 +239,13 @@ class Run:
         """Refuses to go on with stages that began with another config.
 
         Before the first checkpoint everything may change, and so may stages that have none yet: answers of the teacher know
-        their question, and data is made anew.
+        their question, and data is made anew. A field that came later than the run has its default there.
         """
         kept = self.folder / CONFIG
         if not kept.exists() or not self.begun():
             return
-        before, now = parse_yaml(kept.read_text(encoding="utf-8"), str(kept)), yaml.safe_load(dump_config(self.config))
-        waiting = {name for name in (before.get("stages") or {}) | now["stages"] if not self.begun(name)}
+        before, now = (yaml.safe_load(dump_config(config)) for config in (load_config(kept, []), self.config))
+        waiting = {name for name in before["stages"] | now["stages"] if not self.begun(name)}
         refuse_changes(before, now, self.folder, tuple(f"stages.{name}" for name in waiting))
 
 

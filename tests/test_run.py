@@ -304,6 +304,21 @@ def test_before_the_first_checkpoint_everything_may_change(tmp_path: Path, monke
     Run.open(Path("tiny.yaml"), ["stages.gad.group_size=4"])  # a stage that has none yet
 
 
+def test_a_run_of_an_earlier_version_has_the_defaults_of_fields_that_came_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny.CONFIG)
+    with Run.open(Path("tiny.yaml"), []).begin():
+        pass
+    kept = Path("runs/tiny/config.yaml")
+    older = yaml.safe_load(kept.read_text())
+    del older["stages"]["seqkd"]["schedule"], older["prompts"]["tests"], older["cleaning"]
+    kept.write_text(yaml.safe_dump(older, sort_keys=False))
+    Path("runs/tiny/stages/seqkd/checkpoints/2").mkdir(parents=True)
+    Run.open(Path("tiny.yaml"), [])
+    with pytest.raises(Exception, match="was made with cleaning.duplicates = True, the config says False"):
+        Run.open(Path("tiny.yaml"), ["cleaning.duplicates=false"])
+
+
 def interrupt_after(seconds: float) -> None:
     time.sleep(seconds)
     raise KeyboardInterrupt
