@@ -1,7 +1,8 @@
-"""The rules of the house that neither ruff nor import-linter holds. Each is a check of one source file."""
+"""The rules of the house that neither ruff nor import-linter holds. Each is a check of one source file; two compare a page with the tree."""
 
 import ast
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,3 +191,9 @@ def test_the_readmes_tree_has_every_file_once():
     configs = (PACKAGE.parent / "configs").glob("*.yaml")
     expected = [path.name for path in (*files, *configs)] + [f"{folder.name}/" for folder in folders]
     assert sorted(lines) == sorted([*expected, "tests/", "tpu/"])
+
+
+def test_the_page_of_all_fields_is_the_classes_own():
+    docs = PACKAGE.parent / "docs"
+    written = runpy.run_path(str(docs / "fields.py"))["page"]()
+    assert (docs / "fields.md").read_text(encoding="utf-8") == written, "write it anew: python docs/fields.py > docs/fields.md"

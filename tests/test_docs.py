@@ -6,7 +6,6 @@ made small, and those that need somebody else by tests of their own (ELSEWHERE).
 
 import io
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -103,7 +102,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
         stage |= {name: min(stage[name], value) for name, value in most.items() if name in stage}
     if "student" in config:
         config["prompts"] = {"train": "tutor:40", "validation": "tutor:8"}
-        config["student"]["random"] = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 32, "words": 60}
+        config["student"]["random"] = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 32, "words": 60}
     return config
 
 
@@ -205,11 +204,6 @@ def test_links_lead_somewhere(page: Path):
         if anchor:
             titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
             assert anchor[1:] in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
-
-
-def test_the_page_of_all_fields_is_the_classes_own():
-    written = runpy.run_path(str(ROOT / "docs" / "fields.py"))["page"]()
-    assert (ROOT / "docs" / "fields.md").read_text(encoding="utf-8") == written, "python docs/fields.py > docs/fields.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
