@@ -1,4 +1,4 @@
-"""The rules of the house that neither ruff nor import-linter holds. Each is a check of one source file; two compare a page with the tree."""
+"""The rules of the house that neither ruff nor import-linter holds. Each is a check of one source file, or of a page about them."""
 
 import ast
 import re

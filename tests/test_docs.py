@@ -5,6 +5,7 @@ made small, and those that need somebody else by tests of their own (ELSEWHERE).
 """
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -44,9 +46,10 @@ ELSEWHERE = {  # what needs a server, a voter, a compiler for other chips or a t
     r"gadjax serve .* --host 0.0.0.0": "test_speaking.py::test_serving_to_others_needs_a_token",
     r"gadjax serve .*": "test_docs.py::test_the_client_of_the_page_is_answered",
 }
-TRAINING = [
-    command for command in COMMANDS if not RUN_HERE.fullmatch(command) and not any(re.fullmatch(form, command) for form in ELSEWHERE)
-]
+TRAINING = sorted(
+    (each for each in COMMANDS if not RUN_HERE.fullmatch(each) and not any(re.fullmatch(form, each) for form in ELSEWHERE)),
+    key=lambda command: "referee" in command,  # a referee is trained first
+)
 
 
 def given(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, tuple[Any, ...]]:
@@ -100,7 +103,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     most = {"epochs": 1, "max_steps": 3, "batch_groups": 8, "checkpoint_every": 2, "validate_every": 2, "group_size": 4}
     for stage in config["stages"].values():
         stage |= {name: min(stage[name], value) for name, value in most.items() if name in stage}
-    if "student" in config:
+    if "extends" not in config and "random" in config["student"]:
         config["prompts"] = {"train": "tutor:40", "validation": "tutor:8"}
         config["student"]["random"] = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 32, "words": 60}
     return config
@@ -115,9 +118,14 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> tiny.Tiny:
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(yaml.safe_dump(small(yaml.safe_load(file.read_text(encoding="utf-8"))), sort_keys=False))
     shutil.copytree(ROOT / "configs" / "paper", made.folder / "configs" / "paper")
-    (made.folder / "answers.jsonl").write_text('{"prompt": "Ben asks Olga for two pints", "response": "Here they are."}\n')
+    some = Random(0)
+    rows = [{"prompt": " ".join(f"word{some.randrange(300)}" for _ in range(6)), "response": f"It is {i}."} for i in range(50)]
+    parts = {"answers": rows, "train": rows[:40], "selfinst": rows[40:45], "vicuna": rows[45:]}
+    for name, own in parts.items():
+        (made.folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in own))
     done = made.gadjax("run", "configs/quickstart.yaml")
     assert done.returncode == 0, done.stderr
+    shutil.copytree(made.run.with_name("quickstart") / "student", made.folder / "student")
     return made
 
 
@@ -146,7 +154,7 @@ def test_the_table_of_the_balance_is_printed(shipped: tiny.Tiny):
 def test_a_run_takes_its_samples_from_the_server_of_the_page(shipped: tiny.Tiny):
     """One that answers as vLLM does."""
     (command,) = (each for each in COMMANDS if "backend: remote" in each)
-    weights = shutil.copytree(shipped.folder / "runs/quickstart/export/gad", shipped.folder / "student")
+    weights = shutil.copytree(shipped.folder / "runs/quickstart/export/gad", shipped.folder / "served")
     before = (weights / "model.safetensors").read_bytes()
     fake = Fake()
     with listening(fake) as url:
