@@ -83,7 +83,8 @@ def fake(tmp_path: Path) -> Iterator[tuple[Fake, Remote]]:
 
 
 def sampled(remote: Remote, step: int = 0) -> Rollout:
-    return remote.generate(PROMPTS, KEY, step, LIMITS)
+    with jax.transfer_guard("disallow"):  # as in the training loop
+        return remote.generate(PROMPTS, KEY, step, LIMITS)
 
 
 def test_samples_are_what_the_server_says_and_carry_the_version(fake):
@@ -121,7 +122,9 @@ def test_weights_are_replaced_in_the_server_s_folder_and_then_read(fake, tmp_pat
     server, remote = fake
     for old in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"):
         (tmp_path / old).write_text("old")
-    remote.update(params(), 1)
+    student = params()
+    with jax.transfer_guard("disallow"):  # as in the training loop
+        remote.update(student, 1)
     assert [path for path, _ in server.asked] == ["/collective_rpc", "/reset_prefix_cache"]
     assert server.asked[0][1] == {"method": "reload_weights"}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

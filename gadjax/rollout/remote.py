@@ -80,7 +80,8 @@ class Remote:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         trunk = self._network.bind(self._network.shapes).trunk
-        save_tensors(beside, family_of(trunk.config), folded(params, trunk.config.adapters), trunk.dtype)
+        with jax.transfer_guard("allow"):  # the training loop allows none; here the weights are meant to leave the devices
+            save_tensors(beside, family_of(trunk.config), folded(params, trunk.config.adapters), trunk.dtype)
         for old in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
             old.unlink()
         for new in beside.iterdir():
@@ -97,8 +98,9 @@ class Remote:
             UserError: the server does not answer, or not as it should.
         """
         plan, shape = self._plan, (len(prompts), self._plan.samples)
-        keys_BN = stream_keys(jax.random.fold_in(key, step), *shape)
-        seeds_BN = np.asarray(jax.device_get(jax.random.key_data(keys_BN)), np.uint64)
+        with jax.transfer_guard("allow"):  # a number for each request
+            keys_BN = stream_keys(jax.random.fold_in(key, step), *shape)
+            seeds_BN = np.asarray(jax.device_get(jax.random.key_data(keys_BN)), np.uint64)
         seeds_BN = (seeds_BN[..., 0] << np.uint64(31)) ^ seeds_BN[..., 1]
         limits = np.full(shape, plan.response_tokens)
         limits = limits if limits_BN is None else np.minimum(limits_BN, limits)
