@@ -93,6 +93,10 @@ class Bench:
         models = self.programs.models
         return _drawn(models, network, models.abstract_role(network).params)
 
+    def reference(self) -> Params | None:
+        """Random weights of the reference, where the stage has one."""
+        return self.params(self.programs.models.student) if self.programs.algorithm.needs_reference else None
+
     def timed(self, work: Callable[[], Any]) -> float:
         """Median seconds of a call after the first one."""
         jax.block_until_ready(work())
@@ -117,7 +121,7 @@ class Bench:
         """A whole step of GAD: samples, rows, discriminator, student. Beside it, the share in which the devices wait for the host."""
         programs, each, idle = self.programs, self.programs.samples, list[float]()
         student, discriminator = self.role(programs.models.student), self.role(programs.models.discriminator)
-        reference, sampled, teacher = self.params(programs.models.student), self.sampled(), self.responses(1)
+        reference, sampled, teacher = self.reference(), self.sampled(), self.responses(1)
 
         def packed(responses: list[Any], *shape_and_logps: Any) -> tuple[Any, float]:
             start = time.perf_counter()
@@ -140,7 +144,7 @@ class Bench:
         tokens, ours = int(self.limits(each).sum()), _tokens(teacher)
         prompts = sum(map(len, self.prompts))
         useful = (2 * each + 1) * prompts + 3 * tokens + ours
-        flops = 5 * self.forward_flops(tokens, tokens) + 3 * self.forward_flops(tokens + ours, 0)
+        flops = (4 + programs.algorithm.needs_reference) * self.forward_flops(tokens, tokens) + 3 * self.forward_flops(tokens + ours, 0)
         return self.told(self.timed(step), useful, flops) | {"idle_fraction": statistics.median(idle[1:])}
 
     def student(self) -> dict[str, float]:
@@ -148,7 +152,7 @@ class Bench:
         programs, each = self.programs, self.programs.samples
         responses = self.responses(each)
         rows = programs.models.place_rows(pack(self.prompts, responses, programs.rows(each), _zeros(responses)))
-        role, reference = self.role(programs.models.student), self.params(programs.models.student)
+        role, reference = self.role(programs.models.student), self.reference()
         scores = programs.models.place(np.random.default_rng(3).standard_normal((len(responses), 1 + each)).astype(np.float32), None, None)
 
         def step() -> Any:
@@ -157,8 +161,8 @@ class Bench:
             return metrics
 
         tokens = _tokens(responses)
-        forward = self.forward_flops(tokens, tokens)
-        return self.told(self.timed(step), len(self.prompts) * each * self.config.data.max_prompt_tokens + tokens, 4 * forward)
+        flops = (3 + programs.algorithm.needs_reference) * self.forward_flops(tokens, tokens)
+        return self.told(self.timed(step), len(self.prompts) * each * self.config.data.max_prompt_tokens + tokens, flops)
 
     def discriminator(self) -> dict[str, float]:
         """The discriminator's step on teacher and samples: scores, gradient, update."""

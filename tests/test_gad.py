@@ -134,13 +134,14 @@ def test_the_students_loss_and_gradient_are_the_papers():
 def test_several_updates_per_rollout_clip_where_the_ratio_has_gone_far():
     own = [[np.asarray(logp).tolist() for logp in group] for group in grouped(logps_alone(STUDENT_PARAMS, SAMPLES, TEMPERATURE))]
     rows, scores = pack(PROMPTS, SAMPLES, ONE_ROW_EACH, own), np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
-    guidance = Guidance(STUDENT_PARAMS, jnp.array(scores))
+    guidance = Guidance(None, jnp.array(scores))
 
     def after(updates: int) -> tuple[Role, dict[str, Any]]:
         step = gad.make_student_step(STUDENT, DESCENT, temperature=TEMPERATURE, kl_weight=0.0, updates=updates)
         return jax.jit(step)(role(STUDENT_PARAMS), rows, guidance)
 
     (one, first), (two, second) = after(1), after(2)
+    assert "student/kl" not in first, "there is no reference"
     assert first["student/clip_fraction"] == 0 and second["student/clip_fraction"] > 0.1
     assert first["rollout/logp_gap"] < 1e-5 and second["rollout/logp_gap"] < 1e-5, "the gap is the first update's"
     # The second update by hand: from the first one's parameters, against the sampler's log-probabilities.
@@ -177,7 +178,7 @@ def test_samples_of_a_backend_that_is_not_exact_are_weighed_by_the_ratio_up_to_a
     assert {bool(weight == cap) for each in weights for weight in each} == {True, False}
     rows, scores = pack(PROMPTS, SAMPLES, ONE_ROW_EACH, told), np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
     step = gad.make_student_step(STUDENT, optax.sgd(0.05), temperature=TEMPERATURE, kl_weight=0.0, updates=updates, importance_cap=cap)
-    after, metrics = jax.jit(step)(Role(STUDENT_PARAMS, DESCENT.init(STUDENT_PARAMS)), rows, Guidance(STUDENT_PARAMS, jnp.array(scores)))
+    after, metrics = jax.jit(step)(Role(STUDENT_PARAMS, DESCENT.init(STUDENT_PARAMS)), rows, Guidance(None, jnp.array(scores)))
     advantages = np.asarray(losses.group_advantages(jnp.array(scores[:, 1:]))).ravel()
     count = sum(len(values) for values in own)
 
@@ -208,7 +209,9 @@ def test_a_stage_makes_the_updates_that_it_says_and_its_schedule_counts_steps():
 
     config = gad.GadConfig.model_validate({"updates_per_rollout": 3, "learning_rate": 0.25, "discriminator": {"learning_rate": 0.5}})
     algorithm = gad.build(config, optimizer_at, STUDENT, DISCRIMINATOR)
-    assert asked == [(0.25, 3), (0.5, 1)]
+    assert asked == [(0.25, 3), (0.5, 1)] and algorithm.needs_reference
+    without = gad.build(config.model_copy(update={"kl_weight": 0.0}), optimizer_at, STUDENT, DISCRIMINATOR)
+    assert not without.needs_reference, "it would be computed for nothing"
     after, _ = jax.jit(algorithm.student)(Role(STUDENT_PARAMS, optax.adam(1.0).init(STUDENT_PARAMS)), rows, guidance)
     assert after.optimizer[0].count == 3
 

@@ -41,7 +41,7 @@ class GadConfig(SamplingStageConfig):
 
     Attributes:
         group_size: N; at least 2, because an advantage compares responses of one group.
-        kl_weight: β.
+        kl_weight: β; with 0 there is no reference, neither in memory nor in the step, and no `student/kl`.
         updates_per_rollout: optimizer updates on one batch of samples; with more than one, logp_old is the sampler's.
         importance_cap: C, for a rollout backend that is not exact; logp_old is then the trainer's. None: no weights.
         balance: between the two models.
@@ -136,27 +136,33 @@ def make_student_step(
     def share(values_ML: jax.Array, micro: MicroBatch) -> jax.Array:
         return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.total
 
-    def of_tokens(logp: jax.Array, logp_ref: jax.Array, sampled: jax.Array, before: jax.Array, advantage: jax.Array) -> Metrics:
+    def of_tokens(
+        logp: jax.Array, sampled: jax.Array, before: jax.Array, advantage: jax.Array, logp_ref: jax.Array | None = None
+    ) -> Metrics:
         logp_old = jax.lax.stop_gradient(logp) if updates == 1 else before
         surrogate, clipped = losses.clipped_surrogate(logp - logp_old, advantage)
         if importance_cap is not None:
             surrogate *= losses.truncated_importance(logp_old, sampled, importance_cap)
-        kl = losses.k3(logp_ref, logp)
-        return {"student/loss": surrogate + kl_weight * kl, "student/kl": kl, "student/clip_fraction": clipped}
+        seen = {"student/loss": surrogate, "student/clip_fraction": clipped}
+        if logp_ref is not None:
+            kl = losses.k3(logp_ref, logp)
+            seen |= {"student/loss": surrogate + kl_weight * kl, "student/kl": kl}
+        return seen
 
     def step(role: Role, rows: PackedRows, guidance: Guidance) -> tuple[Role, Metrics]:
         reference, scores_BJ = guidance.reference, guidance.scores_BJ
-        assert reference is not None and scores_BJ is not None
+        assert scores_BJ is not None and (reference is None) == (kl_weight == 0)
         rewards_BN = rewards(scores_BJ, guidance.lengths_BJ)
         advantages_BN, first = advantages(rewards_BN, guidance.spread), role.params
         recomputed = importance_cap is not None and updates > 1
 
         def loss(params: Params, micro: MicroBatch) -> tuple[jax.Array, Metrics]:
             cells = micro.cells
-            logp_ref_ML, _ = response_log_probs(network, reference, cells, temperature)
             advantage_ML = advantages_BN[cells.groups_ML, jnp.maximum(cells.responses_ML, 0)]
             before_ML = response_log_probs(network, first, cells, temperature)[0] if recomputed else cells.logps_ML
-            known = (logp_ref_ML, cells.logps_ML, before_ML, advantage_ML)
+            known = [cells.logps_ML, before_ML, advantage_ML]
+            if reference is not None:
+                known.append(response_log_probs(network, reference, cells, temperature)[0])
             of_token = lambda *known: of_tokens(*known)["student/loss"]  # noqa: E731
             loss, logp_ML, entropy_ML = response_loss(network, params, cells, temperature, of_token, *known)
             values = of_tokens(logp_ML, *known)
@@ -189,5 +195,5 @@ def build(config: GadConfig, optimizer_at: OptimizerAt, student: Network, discri
         discriminator=make_discriminator_step(discriminator, optimizer_at(config.discriminator.learning_rate), config.discriminator),
         balance=config.balance,
         student_reads="samples",
-        needs_reference=True,
+        needs_reference=config.kl_weight > 0,
     )
