@@ -117,6 +117,11 @@ def make_discriminator_step(
     return step if config.train else frozen_step
 
 
+def _share(values_ML: jax.Array, micro: MicroBatch) -> jax.Array:
+    """A micro-batch's share of the token mean of the whole batch."""
+    return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.total
+
+
 def make_student_step(
     network: Network,
     optimizer: optax.GradientTransformation,
@@ -132,9 +137,6 @@ def make_student_step(
     With several `updates` the metrics are those of the last one, but the gap to the sampler is that of the first.
     """
     rewards, advantages = make_rewards(balance), make_advantages(balance)
-
-    def share(values_ML: jax.Array, micro: MicroBatch) -> jax.Array:
-        return jnp.sum(jnp.where(response_mask(micro.cells), values_ML, 0.0)) / micro.total
 
     def of_tokens(
         logp: jax.Array, sampled: jax.Array, before: jax.Array, advantage: jax.Array, logp_ref: jax.Array | None = None
@@ -167,7 +169,7 @@ def make_student_step(
             loss, logp_ML, entropy_ML = response_loss(network, params, cells, temperature, of_token, *known)
             values = of_tokens(logp_ML, *known)
             values |= {"student/entropy": entropy_ML, "rollout/logp_gap": jnp.abs(logp_ML - cells.logps_ML)}
-            return loss / micro.total, {name: share(values_ML, micro) for name, values_ML in values.items()}
+            return loss / micro.total, {name: _share(values_ML, micro) for name, values_ML in values.items()}
 
         metrics: Metrics = {}
         for _ in range(updates):
