@@ -1,6 +1,7 @@
 """Half of the system at a time, really learning: the student by an exact reward, the discriminator from text of known faults.
 
-A wrong sign, a shifted mask or a misplaced reward passes many tests of form; it does not pass these.
+A wrong sign, a shifted mask or a misplaced reward passes many tests of form; it does not pass these. They compute rather than compile:
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest -m slow tests/test_learning.py
 """
 
 import random
@@ -21,6 +22,8 @@ from gadjax.steps import Models, Programs, responses_of
 from gadjax.teachers import grammar
 from gadjax.text import Text
 from gadjax.types import PackedRows, Params, Role
+
+pytestmark = pytest.mark.slow
 
 TRAIN, HELD_OUT = 2000, 256
 ORACLE_STEPS = 60
