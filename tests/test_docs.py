@@ -105,7 +105,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
         stage |= {name: min(stage[name], value) for name, value in most.items() if name in stage}
     if "extends" not in config and "random" in config["student"]:
         config["prompts"] = {"train": "tutor:40", "validation": "tutor:8"}
-        config["student"]["random"] = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 32, "words": 60}
+        config["student"]["random"] = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 32, "words": 300}
     return config
 
 
