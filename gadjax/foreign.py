@@ -62,13 +62,15 @@ def is_this_machine(address: str) -> bool:
     return host == "localhost" or (ip is not None and ip.is_loopback)
 
 
-def check_address(field: str, address: str) -> None:
-    """Refuses the URL of an endpoint that prompts and a key should not be sent to; names are not looked up.
+def check_address(field: str, address: str | None) -> str | None:
+    """Refuses the URL of an endpoint that prompts and a key should not be sent to, else gives it back; no name is looked up. None passes.
 
     Raises:
         UserError: it is no URL, holds a secret, is a link-local address or a cloud's metadata service, or would send the key unencrypted
             over the internet. Names the field.
     """
+    if address is None:
+        return None
     try:
         parts = urlsplit(address)
         host, _ = (parts.hostname or "").rstrip("."), parts.port
@@ -84,10 +86,11 @@ def check_address(field: str, address: str) -> None:
     inside = ip.is_private if ip is not None else "." not in host or host.endswith(INSIDE)
     if parts.scheme == "http" and not inside:
         raise UserError(field, f"http:// would send key and prompts to {host} for all to read", "write https://")
+    return address
 
 
-def check_variable(field: str, name: str) -> None:
-    """Refuses a key where the name of the variable that holds it belongs; never shows it.
+def check_variable(field: str, name: str) -> str:
+    """Refuses a key where the name of the variable that holds it belongs, and never shows it; else gives the name back.
 
     Raises:
         UserError: it is no such name. Not ValueError, with which pydantic would show the value.
@@ -95,6 +98,7 @@ def check_variable(field: str, name: str) -> None:
     if not VARIABLE.fullmatch(name):
         what, mend = "is no name of an environment variable", "name the variable that holds the key, and write the key into no config"
         raise UserError(field, what, mend)
+    return name
 
 
 def _ip(host: str) -> Address | None:

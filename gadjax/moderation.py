@@ -12,6 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Self, cast
 
@@ -49,18 +50,8 @@ class ModerationConfig(Section):
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
 
-    @field_validator("base_url")
-    @classmethod
-    def _may_be_sent_to(cls, address: str | None) -> str | None:
-        if address is not None:
-            check_address("cleaning.moderation.base_url", address)
-        return address
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _is_no_key(cls, name: str) -> str:
-        check_variable("cleaning.moderation.api_key_env", name)
-        return name
+    _may_be_sent_to = field_validator("base_url")(partial(check_address, "cleaning.moderation.base_url"))
+    _is_no_key = field_validator("api_key_env")(partial(check_variable, "cleaning.moderation.api_key_env"))
 
 
 class _Verdict(BaseModel):

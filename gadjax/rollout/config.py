@@ -1,5 +1,6 @@
 """How a rollout is laid out on the devices: nothing here changes what is sampled, but for ties that rounding decides."""
 
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -29,17 +30,8 @@ class RemoteConfig(Section):
     model: str | None = None
     api_key_env: str = "VLLM_API_KEY"
 
-    @field_validator("url")
-    @classmethod
-    def _may_be_sent_to(cls, address: str) -> str:
-        check_address("rollout.remote.url", address)
-        return address
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _is_no_key(cls, name: str) -> str:
-        check_variable("rollout.remote.api_key_env", name)
-        return name
+    _may_be_sent_to = field_validator("url")(partial(check_address, "rollout.remote.url"))
+    _is_no_key = field_validator("api_key_env")(partial(check_variable, "rollout.remote.api_key_env"))
 
 
 class RolloutConfig(Section):

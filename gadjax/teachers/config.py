@@ -1,5 +1,6 @@
 """The config section `teacher`: whom to ask, how, and for how much."""
 
+from functools import partial
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -94,18 +95,8 @@ class TeacherConfig(Section):
     retry_wait: float = Field(default=1.0, ge=0)
     path: str | None = None
 
-    @field_validator("base_url")
-    @classmethod
-    def _may_be_sent_to(cls, address: str | None) -> str | None:
-        if address is not None:
-            check_address("teacher.base_url", address)
-        return address
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _is_no_key(cls, name: str) -> str:
-        check_variable("teacher.api_key_env", name)
-        return name
+    _may_be_sent_to = field_validator("base_url")(partial(check_address, "teacher.base_url"))
+    _is_no_key = field_validator("api_key_env")(partial(check_variable, "teacher.api_key_env"))
 
     @model_validator(mode="after")
     def _is_whole(self) -> "TeacherConfig":
