@@ -316,13 +316,14 @@ def study(
     config: Config,
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many: 0, 1, ...")] = 3,
+    baseline: Annotated[str | None, typer.Option(help="The stage to take differences from; finished runs are not run again.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run a config with several seeds and compare its stages over them; goes on where it stopped.
 
     Example: gadjax study configs/studies/frozen-discriminator.yaml --seeds 3
     """
-    _call("study", config, overrides or [], seeds, as_json)
+    _call("study", config, overrides or [], seeds, baseline, as_json)
 
 
 @app.command()

@@ -144,6 +144,11 @@ class Config(Section):
         return made
 
     @property
+    def evaluated(self) -> list[str]:
+        """The stages in the table, the untouched student first."""
+        return [UNTOUCHED, *(self.stages if self.evaluation.stages is None else self.evaluation.stages)]
+
+    @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """All teachers by name; the one of the section `teacher` is called so."""
         return {FIRST_TEACHER: self.teacher, **self.teachers}

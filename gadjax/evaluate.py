@@ -10,6 +10,7 @@ from gadjax.config import UNTOUCHED
 from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
 from gadjax.evaluation.samples import BEST_OF, MODES, Samples
+from gadjax.evaluation.summary import HELD_OUT
 from gadjax.files import replace_file, to_json
 from gadjax.referee import Referee
 from gadjax.runs import Run
@@ -17,14 +18,6 @@ from gadjax.scoring import Scorer
 from gadjax.session import Session
 from gadjax.sharding import agreed, is_first
 from gadjax.terminal import track
-
-HELD_OUT = "validation"  # the split that the summary is of
-
-
-def evaluated_stages(run: Run) -> list[str]:
-    """The stages in the table, the untouched student first."""
-    config = run.config
-    return [UNTOUCHED, *(config.evaluation.stages if config.evaluation.stages is not None else config.stages)]
 
 
 def _chooser(session: Session) -> str | None:
@@ -79,7 +72,7 @@ def evaluate_stages(session: Session, names: Sequence[str] = ()) -> Measured:
 
     All processes answer; process 0 measures, the others return nothing.
     """
-    names, wanted = names or evaluated_stages(session.run), session.run.config.evaluation
+    names, wanted = names or session.run.config.evaluated, session.run.config.evaluation
     splits = [name for name in session.snapshot.splits if name != "train"]
     modes = [*MODES, *[BEST_OF] * (wanted.best_of > 1)]
     measured: Measured = {split: {} for split in splits}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gadjax.errors import UserError
-from gadjax.evaluate import HELD_OUT, evaluated_stages, evaluation_folder
+from gadjax.evaluate import evaluation_folder
 from gadjax.evaluation.answers import read_answers
 from gadjax.evaluation.judge import JudgeConfig, Pair, better_pair, points_pair, reference_request, share_of_points, share_of_wins
 from gadjax.evaluation.measure import Metric
 from gadjax.evaluation.statistics import bootstrap
-from gadjax.evaluation.summary import merged, summarise
+from gadjax.evaluation.summary import HELD_OUT, merged, summarise
 from gadjax.evaluation.table import print_tables
 from gadjax.files import replace_file, to_csv, to_json
 from gadjax.human import TEACHER, judge_by_people
@@ -115,7 +115,7 @@ def _summary(found: Mapping[str, Mapping[str, Mapping[str, Metric]]]) -> dict[st
 def gather(run: Run, config: JudgeConfig, split: str = HELD_OUT) -> Answers:
     """The answers of all stages that were evaluated to a split's prompts, and of those they are compared with."""
     folder = evaluation_folder(run, split)
-    greedy = {stage: read_answers(folder / f"{stage}.jsonl")["greedy"] for stage in evaluated_stages(run)}
+    greedy = {stage: read_answers(folder / f"{stage}.jsonl")["greedy"] for stage in run.config.evaluated}
     first = next(iter(greedy.values()))
     prompts = dict(list({prompt.id: prompt for prompt in first.prompts}.items())[: config.prompts])
     stages = {stage: _by_id(prompts, samples.ids, samples.texts) for stage, samples in greedy.items()}

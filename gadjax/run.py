@@ -10,8 +10,8 @@ from typing import TypeVar
 from gadjax.collecting import check_teacher, collect_answers
 from gadjax.config import dump_config
 from gadjax.errors import UserError
-from gadjax.evaluate import HELD_OUT, evaluate_stages, evaluated_stages, every_checkpoint
-from gadjax.evaluation.summary import merged, summarise
+from gadjax.evaluate import evaluate_stages, every_checkpoint
+from gadjax.evaluation.summary import HELD_OUT, merged, summarise
 from gadjax.evaluation.table import print_table, print_tables
 from gadjax.export import export_discriminator, export_stage
 from gadjax.files import replace_file, to_csv, to_json
@@ -123,7 +123,7 @@ def _show(opened: Run, under_way: str | None = None) -> None:
     """Brings the report up to date while the run goes on. What hinders that is told when the report is made for good."""
     if is_first():
         with suppress(UserError):
-            write_report(opened.folder, evaluated_stages(opened), under_way)
+            write_report(opened.folder, opened.config.evaluated, under_way)
 
 
 def _evaluate(session: Session, clock: Clock | None) -> None:
@@ -161,6 +161,6 @@ def _judge(opened: Run) -> None:
 
 
 def _report(opened: Run) -> None:
-    stages = evaluated_stages(opened)
+    stages = opened.config.evaluated
     write_audit(opened.folder, stages)
     say(f"report: {write_report(opened.folder, stages)}")

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from gadjax.config import load_config
+from gadjax.config import UNTOUCHED, load_config
 from gadjax.errors import UserError
 from gadjax.evaluation.statistics import Estimate
-from gadjax.evaluation.table import print_table
+from gadjax.evaluation.summary import COLUMNS, HELD_OUT, by_split, rows
+from gadjax.evaluation.table import print_tables
 from gadjax.files import finite, replace_file, to_csv, to_json
 from gadjax.metrics import Row, read
 from gadjax.report.charts import WIDTH, bar_chart, figure
@@ -26,10 +27,9 @@ from gadjax.terminal import console, say
 
 Summaries = Sequence[Mapping[str, Any]]
 RUN = (sys.executable, "-c", "from gadjax.cli import main; main()", "run")  # each seed has a process, and the devices, to itself
-COLUMNS = ("stage", "metric", "mean", "low", "high", "minus_baseline", "difference_low", "difference_high", "seeds")
 
 
-def study(config: Path, overrides: list[str], seeds: int, as_json: bool) -> None:
+def study(config: Path, overrides: list[str], seeds: int, baseline: str | None, as_json: bool) -> None:
     """Runs the config with the seeds 0, 1, ...; writes study.json, study.csv and figures into RUNS/NAME-study.
 
     Goes on where it stopped, as each of its runs does.
@@ -38,31 +38,36 @@ def study(config: Path, overrides: list[str], seeds: int, as_json: bool) -> None
         config: the YAML file.
         overrides: `key.path=value`; neither the seed nor, of each run, the name.
         seeds: how many.
+        baseline: the stage from which differences are taken within a seed; by default that of the runs, `seqkd`. Finished runs are not run
+            again for another one.
         as_json: whether the table is printed as JSON.
 
     Raises:
-        UserError: the seed is given.
+        UserError: the seed is given, or no such stage is evaluated.
         SystemExit: a run failed; the status is its own.
     """
     if any(override.startswith("run.seed=") for override in overrides):
         raise UserError("run.seed", "is what a study varies", "leave it out, and say how many with --seeds")
-    settings = load_config(config, overrides).run
+    wanted = load_config(config, overrides)
+    if baseline is not None and baseline not in wanted.evaluated:
+        raise UserError("--baseline", f"{baseline} is not evaluated", f"use one of {', '.join(wanted.evaluated)}")
+    settings = wanted.run
     folders = [settings.path.with_name(f"{settings.name}-seed{seed}") for seed in range(seeds)]
     for seed, folder in enumerate(folders):
         say(f"study: seed {seed}, {folder}")
         done = subprocess.run([*RUN, str(config), *overrides, f"run.seed={seed}", f"run.name={folder.name}"], check=False)
         if done.returncode:
             sys.exit(done.returncode)  # it has said why
-    found = over_seeds([json.loads((folder / "summary.json").read_text()) for folder in folders])
+    found = over_seeds([json.loads((folder / "summary.json").read_text()) for folder in folders], baseline)
     out = settings.path.with_name(f"{settings.name}-study")
     replace_file(out / "study.json", to_json(found, indent=2))
-    replace_file(out / "study.csv", to_csv(COLUMNS, table_rows(found)))
+    replace_file(out / "study.csv", to_csv((*COLUMNS, "seeds"), ([*row, seeds] for row in rows(found))))
     for name, drawing in figures(found, folders).items():
         replace_file(out / f"{name}.svg", drawing)
     if as_json:
         print(to_json(found))
     else:
-        print_table(found, console)
+        print_tables(found, console)
         say(f"study: {seeds} seeds; intervals are over them, Student's t")
     say(f"study: {out}")
 
@@ -76,10 +81,23 @@ def interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def over_seeds(summaries: Summaries) -> dict[str, Any]:
-    """The summaries of several seeds as one of the same form; metrics that a seed lacks are left out."""
+def over_seeds(summaries: Summaries, baseline: str | None = None) -> dict[str, Any]:
+    """The summaries of several seeds as one of the same form, test sets included; metrics that a seed lacks are left out.
+
+    Args:
+        summaries: one of each seed.
+        baseline: the stage from which differences are taken; by default that of the summaries.
+    """
+    splits = [by_split(summary) for summary in summaries]
+    pooled = {name: _pooled([each[name] for each in splits], baseline) for name in splits[0] if all(name in each for each in splits)}
+    found = pooled.pop(HELD_OUT)
+    return finite(found | ({"tests": pooled} if pooled else {}))
+
+
+def _pooled(summaries: Summaries, wanted: str | None) -> dict[str, Any]:
+    """The same of one split."""
     first = summaries[0]
-    baseline = first["baseline"]
+    baseline = wanted or first["baseline"]
     cells = {
         stage: {name: values for name in metrics if None not in (values := [each["stages"][stage].get(name) for each in summaries])}
         for stage, metrics in first["stages"].items()
@@ -92,31 +110,17 @@ def over_seeds(summaries: Summaries) -> dict[str, Any]:
             if name in cells[baseline]
         }
         for stage, metrics in cells.items()
-        if baseline in cells and stage not in (baseline, "student")
+        if baseline in cells and stage not in (baseline, UNTOUCHED)
     }
-    return finite(
-        {
-            "stages": {stage: {name: value.mean for name, value in metrics.items()} for stage, metrics in pooled.items()},
-            "intervals": {stage: {name: [value.low, value.high] for name, value in metrics.items()} for stage, metrics in pooled.items()},
-            "differences": differences,
-            "baseline": baseline,
-            "prompts": first["prompts"],
-            "seeds": len(summaries),
-            "values": cells,
-        }
-    )
-
-
-def table_rows(found: Mapping[str, Any]) -> list[list[object]]:
-    """The rows of study.csv."""
-    rows: list[list[object]] = []
-    for stage, metrics in found["stages"].items():
-        for name, mean in metrics.items():
-            gap = found["differences"].get(stage, {}).get(name, {})
-            rows.append(
-                [stage, name, mean, *found["intervals"][stage][name], *(gap.get(key) for key in ("mean", "low", "high")), found["seeds"]]
-            )
-    return rows
+    return {
+        "stages": {stage: {name: value.mean for name, value in metrics.items()} for stage, metrics in pooled.items()},
+        "intervals": {stage: {name: [value.low, value.high] for name, value in metrics.items()} for stage, metrics in pooled.items()},
+        "differences": differences,
+        "baseline": baseline,
+        "prompts": first["prompts"],
+        "seeds": len(summaries),
+        "values": cells,
+    }
 
 
 def figures(found: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, str]:

@@ -7,7 +7,6 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
 from gadjax.config import read_values
-from gadjax.evaluate import evaluated_stages
 from gadjax.report.comparison import compare_runs, write_comparison
 from gadjax.report.page import write_report
 from gadjax.runs import CONFIG, Run
@@ -70,7 +69,7 @@ def test_several_runs_on_one_page(run: Path, window: Chrome, tmp_path: Path):
 
 def test_the_report_of_a_run_under_way_loads_itself_anew(run: Path, window: Chrome, tmp_path: Path):
     (tmp_path / "stages").symlink_to(run / "stages")
-    page = write_report(tmp_path, evaluated_stages(Run.at(run)), under_way="gad")
+    page = write_report(tmp_path, Run.at(run).config.evaluated, under_way="gad")
     assert "evolution" in looked_at(window, page)
     assert "under way: gad" in window.find_element(By.TAG_NAME, "header").text
     assert window.find_element(By.CSS_SELECTOR, "meta[http-equiv=refresh]").get_attribute("content") == "30"

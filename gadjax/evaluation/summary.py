@@ -10,7 +10,7 @@
 interrupted. A number that is not finite is null.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gadjax.evaluation.measure import Metric
@@ -18,6 +18,8 @@ from gadjax.evaluation.statistics import paired_difference
 from gadjax.files import finite
 
 Stages = Mapping[str, Mapping[str, Metric]]
+HELD_OUT = "validation"  # the split that a summary is of; those of the test sets are in it
+COLUMNS = ("split", "stage", "metric", "mean", "low", "high", "minus_baseline", "difference_low", "difference_high")
 
 
 def summarise(stages: Stages, seconds: float, tests: Mapping[str, Stages] | None = None, baseline: str = "seqkd") -> dict[str, Any]:
@@ -66,3 +68,18 @@ def merged(summary: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
     if "tests" in summary:
         added["tests"] = {name: merged(found, tests[name]) if name in tests else found for name, found in summary["tests"].items()}
     return {**summary, **added}
+
+
+def by_split(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The summary of the held-out prompts and of each test set, by the split's name."""
+    return {HELD_OUT: summary, **summary.get("tests", {})}
+
+
+def rows(summary: Mapping[str, Any]) -> Iterator[list[object]]:
+    """The summary of all splits as a table with `COLUMNS`; None where there is no interval or difference."""
+    for split, found in by_split(summary).items():
+        for stage, metrics in found["stages"].items():
+            for name, mean in metrics.items():
+                ends = found["intervals"].get(stage, {}).get(name, (None, None))
+                gap = found["differences"].get(stage, {}).get(name, {})
+                yield [split, stage, name, mean, *ends, *(gap.get(key) for key in ("mean", "low", "high"))]
