@@ -1,8 +1,8 @@
 """`gadjax plan`: what a config needs on a topology, how long it takes and what it costs, without an accelerator, weights or data.
 
-Memory is told by arithmetic first. What can fit is compiled, every program of a step of the last stage that samples, by the
-compiler of those chips. FLOPs are counted as `gadjax.planning.flops` says, bytes as `gadjax.planning.hlo` does; a roofline time is the
-longest of FLOPs, memory and links at the chip's limits, and hours suppose that programs reach half of it.
+Memory is told by arithmetic first. What can fit is compiled, every program of a step of the last stage that samples (where none does, of
+the last stage), by the compiler of those chips. FLOPs are counted as `gadjax.planning.flops` says, bytes as `gadjax.planning.hlo` does; a
+roofline time is the longest of FLOPs, memory and links at the chip's limits, and hours suppose that programs reach half of it.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +28,7 @@ from gadjax.planning.topology import GIB, LOCAL, Topology, topology_of
 from gadjax.planning.workload import Workload
 from gadjax.steps import Models, Programs
 from gadjax.terminal import PLAIN_WIDTH, say
-from gadjax.types import TrainState
+from gadjax.types import Cells
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def plan(config: Path, overrides: list[str], topology: str, supposed: tuple[int,
     """Plans a config's run; see the module. Exits with status 0 whether it fits or not, which the first line and `--json` tell.
 
     Raises:
-        UserError: the topology or the student is not known, or no stage samples.
+        UserError: the topology or the student is not known.
     """
     loaded, place, texts = load_config(config, overrides), topology_of(topology), Supposed(*supposed)
     if suggests and not place.compiles:
@@ -65,10 +65,9 @@ def plan(config: Path, overrides: list[str], topology: str, supposed: tuple[int,
 
 
 def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
-    """The last stage that samples, on the topology's devices."""
-    name = next((name for name, stage in reversed(config.stages.items()) if isinstance(stage, SamplingStageConfig)), None)
-    if name is None:
-        raise UserError("stages", "none of them samples", "give a warmup or gad stage")
+    """The last stage that samples, or else the last one, on the topology's devices."""
+    stages = list(reversed(config.stages.items()))
+    name = next((name for name, stage in stages if isinstance(stage, SamplingStageConfig)), stages[0][0])
     dims = dims_of(config.student)
     models, judge = Models.of(config, dims, topology.devices), discriminator_dims(config, name, dims)
     models = models if judge == dims else models.judged_by(judge)
@@ -83,8 +82,8 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
     """The plan, as `--json` prints it."""
     traced = traced_of(config, topology, texts)
     budget, limit = budget_of(traced, compiles=topology.compiles), topology.chip.memory / GIB
-    made: dict[str, Any] = {"fits": False, "topology": topology.name, "chips": topology.chips, "memory_gib": limit}
-    made |= {"compiled": topology.compiles, "counted": COUNTED}
+    made: dict[str, Any] = {"fits": False, "topology": topology.name, "chips": topology.chips, "devices": len(topology.devices)}
+    made |= {"memory_gib": limit, "compiled": topology.compiles, "counted": COUNTED}
     made |= {"arithmetic": asdict(budget) | {"needed_gib": budget.needed}, "steps": {}, "run": {}}
     if budget.needed > limit:
         return made | {
@@ -103,7 +102,7 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return made | {"why": f"{step.name}: {_first_line(error)}", "knob": knob(budget, config, topology)}
-    made["steps"] = {name: each.told() for name, each in measured.items()}
+        made["steps"][step.name] = measured[step.name].told()
     worst = max(measured, key=lambda name: measured[name].needed_gib)
     made["run"] = _run(config, topology, texts, traced, budget, measured)
     if measured[worst].needed_gib > limit:
@@ -121,13 +120,13 @@ def _run(
 ) -> dict[str, Any]:
     models, work = traced.programs.models, traced.work
     stages = stages_of(config, models, topology, work, measured, texts.prompts)
-    state = TrainState(models.abstract_role(models.student), models.abstract_role(models.discriminator))
+    state = models.abstract_state(traced.judges)
     checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     room = topology.chip.memory - max(each.needed_gib for each in measured.values()) * GIB
     return {
         "supposed": asdict(replace(texts, prompt_tokens=work.prompt_tokens, response_tokens=work.mean_response)),
         "residents_gib": budget.residents | {f"rollout {name}": size for name, size in budget.rollout.items()},
-        "largest_batch_groups": work.groups + max(0, int(room / _bytes_per_group(traced))),
+        "largest_batch_groups": work.groups + int(room / _bytes_per_group(traced)) if room >= 0 else None,
         "seconds_per_step": seconds_of(measured),
         "efficiency": EFFICIENCY,
         "stages": told(stages),
@@ -148,9 +147,10 @@ COUNTED = (
 
 def _bytes_per_group(traced: Traced) -> float:
     """What one more group of a batch takes on a chip: its responses and its share of the rows."""
-    return bytes_on_chip(traced.engine.resident(traced.work.groups)[2].responses) / traced.work.groups + 28 * (
-        traced.programs.data.max_prompt_tokens + (1 + traced.work.samples) * traced.programs.data.max_response_tokens
-    )
+    work, data = traced.work, traced.programs.data
+    tokens = data.max_prompt_tokens + (1 + work.samples) * data.max_response_tokens
+    responses = bytes_on_chip(traced.engine.resident(work.groups)[2].responses) / work.groups if traced.judges else 0.0
+    return responses + 4 * len(Cells._fields) * tokens / traced.rows_parts
 
 
 def _show(made: dict[str, Any]) -> None:
@@ -158,7 +158,8 @@ def _show(made: dict[str, Any]) -> None:
     verdict = "fits" if made["fits"] else f"does not fit: {made['why']}; change {made['knob']}"
     if not made["compiled"]:
         verdict += f"; by arithmetic alone ({made['arithmetic']['needed_gib']:.1f} GiB): nothing is compiled for it"
-    console.print(f"{made['topology']}, {made['chips']} chips of {made['memory_gib']:.1f} GiB: {verdict}", markup=False)
+    chips = f"{made['chips']} chips" + ("" if made["devices"] == made["chips"] else f", {made['devices']} devices")
+    console.print(f"{made['topology']}, {chips} of {made['memory_gib']:.1f} GiB: {verdict}", markup=False)
     for part in ("residents", "rollout", "step"):
         sizes = ", ".join(f"{name} {size:.2f}" for name, size in made["arithmetic"][part].items())
         console.print(f"{part} (GiB a chip, by arithmetic): {sizes}", markup=False)
@@ -176,7 +177,8 @@ def _show(made: dict[str, Any]) -> None:
             f"{run['checkpoint_seconds']:.0f} s at {WRITTEN / 1e9:g} GB/s a host",
             markup=False,
         )
-        console.print(f"largest batch that fits: {run['largest_batch_groups']} groups", markup=False)
+        if run["largest_batch_groups"]:
+            console.print(f"largest batch that fits, by arithmetic: {run['largest_batch_groups']} groups", markup=False)
         console.print(f"supposed: {run['supposed']}; programs reach {run['efficiency']:.0%} of their roofline", markup=False)
         console.print("hours are of training's steps alone; validation, checkpoints and evaluation come on top", markup=False)
 
@@ -203,6 +205,8 @@ COLUMNS = {  # heading -> key and scale
 
 
 def _show_suggestions(found: list[dict[str, Any]]) -> None:
+    if not found:
+        say("nothing that was tried fits; `gadjax plan` without --suggest tells what to change")
     for each in found:
         Console(highlight=False, width=PLAIN_WIDTH).print(
             ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in each.items()), markup=False

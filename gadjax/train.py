@@ -249,8 +249,9 @@ def train_stage(session: Session, name: str, show: Callable[[], None] = lambda: 
         data = iter(batches(session.snapshot.train, stage_config.batch_groups, session.run.config.run.seed))
         if done:
             say(f"{name}: goes on after step {done}")
-            abstract = stage.programs.models.abstract_state(stage.state.discriminator is not None)
-            stage.state, kept = checkpoints.restore(done, abstract)
+            # The first state was for the reference alone. Shapes take its place, so that the devices never hold two.
+            stage.state = stage.programs.models.abstract_state(stage.state.discriminator is not None)
+            stage.state, kept = checkpoints.restore(done, stage.state)
             check_base(session.models, kept, str(session.run.checkpoints(name)))
             data.set_state(kept["data"])
             stage.balancer.state, stage.unseen, stage.selection.state = kept["balance"], kept["unseen"], kept["selection"]

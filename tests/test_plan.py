@@ -127,6 +127,37 @@ ENTRY %main (x: bf16[10]) -> bf16[80] {
     assert moved(text, lambda _: 1).links == {"all-gather": 160}
 
 
+def test_a_scattered_sum_sends_what_it_reads():
+    text = """
+ENTRY %main (x: f32[160]) -> f32[10] {
+  %x = f32[160]{0} parameter(0)
+  ROOT %a = f32[10]{0} reduce-scatter(%x), channel_id=1, dimensions={0}, to_apply=%sum
+}
+"""
+    assert moved(text, lambda _: 1).links == {"reduce-scatter": 640}
+
+
+def test_of_a_conditional_the_dearest_branch_counts():
+    text = """
+%nothing (x.1: f32[100]) -> f32[100] {
+  ROOT %x.1 = f32[100]{0} parameter(0)
+}
+
+%work (x.2: f32[100]) -> f32[100] {
+  %x.2 = f32[100]{0} parameter(0)
+  ROOT %y = f32[100]{0} negate(%x.2)
+}
+
+ENTRY %main (which: s32[], x: f32[100]) -> f32[100] {
+  %which = s32[] parameter(0)
+  %x = f32[100]{0} parameter(1)
+  ROOT %a = f32[100]{0} conditional(%which, %x, %x), BRANCHES
+}
+"""
+    for branches in ("branch_computations={%nothing, %work}", "true_computation=%work, false_computation=%nothing"):
+        assert moved(text.replace("BRANCHES", branches), lambda _: 1).memory == 800
+
+
 def test_a_slice_is_read_and_an_update_written_in_place():
     def work(stack: jax.Array, out: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 50, lambda i, out: out.at[i].set(jnp.sin(stack[i])), out)
@@ -199,9 +230,19 @@ def test_the_knob_is_the_one_that_helps(config: Path):
 def test_mistakes_are_told(config: Path):
     with pytest.raises(UserError, match=r"^--topology: v9:2x2 is not known; write CHIP:SHAPE"):
         plan(config, [], "v9:2x2", (1, 1, 1), False, False)
-    config.write_text("stages: {seqkd: {algorithm: seqkd}}")
-    with pytest.raises(UserError, match="^stages: none of them samples"):
-        plan(config, [], "local", (1, 1, 1), False, False)
+
+
+def test_a_baseline_alone_is_planned_too(config: Path):
+    loaded = load_config(config, ["student.random.words=20"])
+    only = loaded.model_copy(update={"stages": {"seqkd": loaded.stages["seqkd"]}})
+    made = plan_of(only, topology_of("local"), TEXTS)
+    assert made["fits"] and list(made["steps"]) == ["loading", "student"]
+    run = made["run"]
+    assert run["stages"]["seqkd"]["seconds_per_step"] == pytest.approx(run["seconds_per_step"])
+    assert run["residents_gib"].keys() == {"base", "student", "discriminator", "reference"} and run["residents_gib"]["discriminator"] == 0
+    both = plan_of(loaded, topology_of("local"), TEXTS)["run"]
+    assert run["checkpoint_gib"] < both["checkpoint_gib"] and both["stages"].keys() == {"seqkd", "warmup", "gad"}
+    assert both["stages"]["gad"]["seconds_per_step"] == pytest.approx(both["seconds_per_step"])
 
 
 def test_the_decode_loop_waits_for_the_longest(config: Path):
@@ -219,3 +260,4 @@ def test_suggestions_are_ranked_and_compiled(config: Path, capsys: pytest.Captur
     assert [each["arithmetic_seconds"] for each in found] == sorted(each["arithmetic_seconds"] for each in found)
     for each in found:
         assert each["mesh.fsdp"] * each["mesh.context"] * each["mesh.tensor"] == len(jax.devices()) and each["needed_gib"] > 0
+        assert each["data.rows"] % each["mesh.fsdp"] == 0

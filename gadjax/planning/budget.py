@@ -30,23 +30,19 @@ class Budget:
 
 
 def budget_of(traced: Traced, compiles: bool = True) -> Budget:
-    """The arithmetic of a stage that samples. `compiles`: what it leaves out is told by a compiler."""
+    """The arithmetic of a stage. `compiles`: what it leaves out is told by a compiler."""
     programs, models = traced.programs, traced.programs.models
-    student, judge = models.abstract_role(models.student), models.abstract_role(models.discriminator)
-    caches = traced.engine.resident(traced.work.groups)
-    shape, dims = programs.discriminator_rows(), traced.dims
+    student, judge = models.abstract_role(models.student), models.abstract_role(models.discriminator) if traced.judges else None
+    shape, dims = programs.discriminator_rows() if traced.judges else programs.rows(1), traced.dims
     tokens = shape.rows * shape.length / traced.tokens_parts
+    residents = {"base": models.base, "student": student, "discriminator": judge, "reference": traced.reference}
+    rollout = {}
+    if traced.judges:
+        copy = traced.engine.weights(models.whole(models.student, student.params))
+        rollout = {"caches": traced.engine.resident(traced.work.groups), "copy": copy}
     return Budget(
-        residents={
-            "base": bytes_on_chip(models.base) / GIB,
-            "student": bytes_on_chip(student) / GIB,
-            "discriminator": bytes_on_chip(judge) / GIB,
-            "reference": bytes_on_chip(traced.reference) / GIB,
-        },
-        rollout={
-            "caches": bytes_on_chip(caches) / GIB,
-            "copy": bytes_on_chip(traced.engine.weights(models.whole(models.student, student.params))) / GIB,
-        },
+        residents={name: bytes_on_chip(held) / GIB for name, held in residents.items()},
+        rollout={name: bytes_on_chip(held) / GIB for name, held in rollout.items()},
         step={
             "gradients": 2 * bytes_on_chip(student.params) / GIB,
             "activations": tokens * dims.width * 2 * dims.layers * (1 if traced.rematerialise else 12) / GIB,

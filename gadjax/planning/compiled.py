@@ -62,7 +62,7 @@ def measure(step: Step, topology: Topology) -> Measured:
     memory, chip = compiled.memory_analysis(), topology.chip
     moves = moved(compiled.as_text(), step.trips)
     takes = {
-        "FLOPs": flops / topology.chips / chip.flops,
+        "FLOPs": flops / len(topology.devices) / chip.flops,
         "memory": moves.memory / chip.bandwidth,
         "links": sum(moves.links.values()) / chip.links,
     }
@@ -84,7 +84,10 @@ def measure(step: Step, topology: Topology) -> Measured:
 
 
 def _peak(memory: Any, topology: Topology) -> float:
-    """The compiler's peak; that of devices at hand may leave temporaries out, so that there all that it lists is added up."""
+    """The compiler's peak; that of devices at hand may leave temporaries out, so that there all that it lists is added up.
+
+    For a TPU the sum would be too much: the compiler takes programs whose sum is more than the chip has, and refuses by its peak.
+    """
     if topology.name != LOCAL:
         return memory.peak_memory_in_bytes
     return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes

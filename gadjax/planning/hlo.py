@@ -1,9 +1,10 @@
 """What a compiled program moves, read from the compiler's text: bytes between a chip and its memory, and between chips.
 
-Both are of one chip and count a loop's body as often as it runs. Every instruction outside of a fusion reads its operands and writes
-its result, a fusion the same as a whole; of an operand that is only sliced the slices count, of a result that is updated in place the
-update. What the compiler keeps in the chip's own vector memory does not count. A collective that goes on beside other work is in several
-fusions, where it begins, where it goes on and where it ends, under one number: it counts once.
+Both are of one chip and count a loop's body as often as it runs, and of a conditional the branch that moves the most. Every instruction
+outside of a fusion reads its operands and writes its result, a fusion the same as a whole; of an operand that is only sliced the slices
+count, of a result that is updated in place the update. What the compiler keeps in the chip's own vector memory does not count. A
+collective that goes on beside other work is in several fusions, where it begins, where it goes on and where it ends, under one number: it
+counts once.
 """
 
 import math
@@ -70,6 +71,18 @@ class Moved:
     links: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
 
+    def add(self, other: "Moved", times: float = 1.0) -> None:
+        """What another moves, so many times."""
+        self.memory += times * other.memory
+        for ours, theirs in ((self.links, other.links), (self.counts, other.counts)):
+            for kind, value in theirs.items():
+                ours[kind] = ours.get(kind, 0.0) + times * value
+
+    def send(self, each: Instruction, beside: list[Instruction]) -> None:
+        """A collective, which stands among `beside`."""
+        kind = each.operation.removesuffix("-start")
+        self.add(Moved(links={kind: _sent(each, beside)}, counts={kind: 1.0}))
+
 
 def array_bytes(type_text: str) -> float:
     """Bytes in the chip's memory of a type, a tuple's all together; layouts `S(n)` other than 0 are elsewhere."""
@@ -124,37 +137,33 @@ def moved(text: str, trips: Trips) -> Moved:
         trips: as in `gadjax.planning.flops`.
     """
     entry, computations = _computations(text)
-    total = Moved()
 
-    def send(each: Instruction, times: float) -> None:
-        kind = each.operation.removesuffix("-start")
-        total.links[kind] = total.links.get(kind, 0.0) + times * _sent(each)
-        total.counts[kind] = total.counts.get(kind, 0.0) + times
-
-    def visit(name: str, times: float, depth: int) -> None:
-        beside: dict[str, Instruction] = {}
-        sizes = {each.name: array_bytes(each.type) for each in computations[name]}
-        for each in computations[name]:
-            kind = each.operation.removesuffix("-start")
+    def visit(name: str, depth: int) -> Moved:
+        """One run of a computation."""
+        total, beside = Moved(), dict[str, tuple[Instruction, list[Instruction]]]()
+        instructions = computations[name]
+        sizes = {each.name: array_bytes(each.type) for each in instructions}
+        for each in instructions:
             if each.operation == "while":
                 condition, body = _called(each.rest, "condition"), _called(each.rest, "body")
                 known = _constant(computations, condition)
-                visit(body, times * (trips(depth) if known is None else known), depth + (known is None))
-            elif each.operation in ("call", "conditional"):
-                for called in re.findall(r"(?:to_apply|branch_computations|true_computation|false_computation)=\{?%([\w.-]+)", each.rest):
-                    visit(called, times, depth)
-            elif kind in COLLECTIVES:
-                send(each, times)
+                total.add(visit(body, depth + (known is None)), trips(depth) if known is None else known)
+            elif each.operation == "call":
+                total.add(visit(_called(each.rest, "to_apply"), depth))
+            elif each.operation == "conditional":
+                total.add(max((visit(branch, depth) for branch in _branches(each.rest)), key=lambda one: one.memory))
+            elif each.operation.removesuffix("-start") in COLLECTIVES:
+                total.send(each, instructions)
             else:
-                total.memory += times * _touched_by(each, computations, sizes)
+                total.memory += _touched_by(each, computations, sizes)
                 if each.operation == "fusion":
                     inside = computations.get(_called(each.rest, "calls"), [])
-                    beside |= {_called(one.rest, "channel_id"): one for one in inside if one.operation in COLLECTIVES}
-        for each in beside.values():
-            send(each, times)
+                    beside |= {_called(one.rest, "channel_id"): (one, inside) for one in inside if one.operation in COLLECTIVES}
+        for each, inside in beside.values():
+            total.send(each, inside)
+        return total
 
-    visit(entry, 1.0, 0)
-    return total
+    return visit(entry, 0)
 
 
 def _touched_by(each: Instruction, computations: dict[str, list[Instruction]], sizes: dict[str, float]) -> float:
@@ -171,9 +180,11 @@ def _touched_by(each: Instruction, computations: dict[str, list[Instruction]], s
     return read + sizes[each.name]
 
 
-def _sent(each: Instruction) -> float:
+def _sent(each: Instruction, beside: list[Instruction]) -> float:
     """Bytes that a chip sends for a collective: its whole array, of an all-reduce, which is a reduce-scatter and an all-gather, twice."""
     parts = _parts(each.type)
+    if each.operation == "reduce-scatter":  # its result is the chip's share
+        parts = [part for one in beside if one.name in each.operands for part in _parts(one.type)]
     size = max(parts) if each.operation.endswith("-start") else sum(parts)  # the type of a started one holds operand and result
     return size * (2 if each.operation.startswith("all-reduce") else 1)
 
@@ -186,6 +197,12 @@ def _parts(type_text: str) -> list[float]:
 def _called(rest: str, key: str) -> str:
     found = re.search(rf"{key}=%?([\w.-]+)", rest)
     return found[1] if found else ""
+
+
+def _branches(rest: str) -> list[str]:
+    """What a conditional may call: two computations, or a list."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
+    return re.findall(r"%?([\w.-]+)", listed[1]) if listed else [_called(rest, "true_computation"), _called(rest, "false_computation")]
 
 
 def _constant(computations: dict[str, list[Instruction]], condition: str) -> int | None:

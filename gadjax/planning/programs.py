@@ -1,4 +1,4 @@
-"""The programs of a stage that samples, traced with abstract states: what train runs, without an array.
+"""The programs of a stage, traced with abstract states: what train runs, without an array.
 
 Letters: B groups, J responses per group, A micro-batches, M rows of a micro-batch, L tokens of a row.
 """
@@ -86,6 +86,11 @@ class Traced:
         return self._trunk.config
 
     @property
+    def judges(self) -> bool:
+        """Whether there is a discriminator, and samples for it to judge."""
+        return self.programs.algorithm.discriminator is not None
+
+    @property
     def rematerialise(self) -> bool:
         """Whether gradients keep only each layer's input."""
         return self._trunk.rematerialise
@@ -135,7 +140,7 @@ class Traced:
         guidance = Guidance(self.reference, scores)
         traced = programs.student_step.trace(models.abstract_role(models.student), rows_of(programs, shape, each), guidance)
         used, tokens = self.work.rows_used(shape, each), self.work.response_tokens(each)
-        judge = models.abstract_role(models.discriminator) if programs.algorithm.discriminator else None
+        judge = models.abstract_role(models.discriminator) if self.judges else None
         return Step("student", traced, self.trips(used, shape, tokens), 1.0, judge)
 
     def discriminator(self) -> Step:
@@ -170,14 +175,17 @@ class Traced:
         ]
 
     def loading(self) -> Step:
-        """The last part of loading: the student is there with its optimizer, the discriminator gets its own beside the copied weights."""
+        """The last part of loading: a model's weights get their optimizer. Where there is a discriminator it is that, whose weights were
+        copied, and the student is there with its own.
+        """
         models = self.programs.models
-        params, beside = models.abstract_role(models.discriminator).params, (models.base, models.abstract_role(models.student))
-        return Step("loading", models.fresh(models.discriminator).trace(params), lambda _: 1.0, 0.0, beside)
+        last, beside = (models.discriminator, models.abstract_role(models.student)) if self.judges else (models.student, None)
+        return Step("loading", models.fresh(last).trace(models.abstract_role(last).params), lambda _: 1.0, 0.0, (models.base, beside))
 
     def all(self) -> list[Step]:
         """Everything that runs, in its order."""
-        return [self.loading(), *self.rollout(), self.discriminator(), self.student()]
+        judging = [*self.rollout(), self.discriminator()] if self.judges else []
+        return [self.loading(), *judging, self.student()]
 
 
 def _without(tree: Any, arguments: Any) -> Any:

@@ -1,9 +1,11 @@
-"""Meshes and rows that suit a topology: ranked by arithmetic, the best three compiled."""
+"""Meshes, rows and micro-batches that suit a topology: ranked by arithmetic, the best three compiled."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from gadjax.config import Config
+from gadjax.data.packing import RowShape
 from gadjax.errors import UserError
 from gadjax.planning.budget import budget_of
 from gadjax.planning.compiled import measure
@@ -14,7 +16,8 @@ from gadjax.sharding import MeshConfig
 
 TENSORS = (1, 2, 4, 8)
 CONTEXTS = (1, 2, 4)
-ROWS = (4096, 6144, 8192, 12288, 16384)
+ROW_TOKENS = (4096, 6144, 8192, 12288, 16384)
+ROWS = (1, 2, 4)  # of a micro-batch, for each device that has rows of its own
 COMPILED = 3
 
 
@@ -23,43 +26,50 @@ def suggest(config: Config, topology: Topology, traced_of: Callable[[Config], Tr
 
     By arithmetic: seconds are FLOPs at the chips' peak plus what travels over their links, that is the weights three times a micro-batch,
     where `tensor` divides the layers every layer's tokens eight times, and where `context` divides the rows every layer's keys and values
-    three times. What does not fit is left out.
+    three times. Copies of the weights, the axis `data`, would take memory and save nothing of that. What does not fit, by arithmetic or by
+    the compiler, is left out.
     """
-    ranked = sorted(
-        (found for found in (_judge(each, topology, traced_of) for each in _candidates(config, topology)) if found),
-        key=lambda found: found[0],
-    )
-    suggestions = []
-    for seconds, candidate, traced in ranked[:COMPILED]:
-        measured = measure(traced.student(), topology)
-        mesh = candidate.mesh
-        names = {"mesh.fsdp": mesh.fsdp, "mesh.context": mesh.context, "mesh.tensor": mesh.tensor}
-        names |= {"data.row_tokens": candidate.data.row_tokens}
-        more = {"needed_gib": measured.needed_gib, "roofline_seconds": measured.roofline_seconds}
-        suggestions.append(names | {"arithmetic_seconds": seconds} | more)
+    works: dict[RowShape, tuple[float, int]] = {}
+    samples = traced_of(config).programs.samples
+    judged = (_judge(each, topology, traced_of, works) for each in _candidates(config, topology, samples))
+    ranked = sorted((found for found in judged if found), key=lambda found: found[0])
+    suggestions: list[dict[str, Any]] = []
+    for seconds, candidate, traced in ranked[: 2 * COMPILED]:
+        if len(suggestions) == COMPILED:
+            break
+        try:
+            measured = measure(traced.student(), topology)
+        except Exception as error:  # the compiler's own, of which only the text tells what it is
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            continue
+        if measured.needed_gib <= topology.chip.memory / GIB:
+            told = {f"mesh.{axis}": size for axis, size in candidate.mesh.model_dump().items()}
+            told |= {"data.row_tokens": candidate.data.row_tokens, "data.rows": candidate.data.rows, "arithmetic_seconds": seconds}
+            suggestions.append(told | {"needed_gib": measured.needed_gib, "roofline_seconds": measured.roofline_seconds})
     return suggestions
 
 
-def _candidates(config: Config, topology: Topology) -> list[Config]:
-    data = config.data
-    largest = data.max_prompt_tokens + 9 * data.max_response_tokens
-    rows = [size for size in ROWS if data.max_prompt_tokens + data.max_response_tokens <= size <= largest] or [data.row_tokens]
-    return [
-        config.model_copy(
-            update={
-                "mesh": MeshConfig(fsdp=topology.chips // (tensor * context), context=context, tensor=tensor),
-                "data": data.model_copy(update={"row_tokens": size}),
-            }
-        )
-        for tensor in TENSORS
-        for context in CONTEXTS
-        if topology.chips % (tensor * context) == 0
-        for size in rows
-    ]
+def _candidates(config: Config, topology: Topology, samples: int) -> list[Config]:
+    data, devices = config.data, len(topology.devices)
+    shortest, largest = (data.max_prompt_tokens + responses * data.max_response_tokens for responses in (1, 1 + samples))
+    lengths = [size for size in ROW_TOKENS if shortest <= size <= largest] or [data.row_tokens]
+    found = []
+    for tensor, context, length, rows in itertools.product(TENSORS, CONTEXTS, lengths, ROWS):
+        if devices % (tensor * context) == 0:
+            mesh = MeshConfig(fsdp=devices // (tensor * context), context=context, tensor=tensor)
+            update = {"row_tokens": length, "rows": rows * mesh.fsdp}
+            found.append(config.model_copy(update={"mesh": mesh, "data": data.model_copy(update=update)}))
+    return found
 
 
-def _judge(config: Config, topology: Topology, traced_of: Callable[[Config], Traced]) -> tuple[float, Config, Traced] | None:
-    """Seconds of the student's step by arithmetic; None for what does not fit or cannot be."""
+def _judge(
+    config: Config, topology: Topology, traced_of: Callable[[Config], Traced], works: dict[RowShape, tuple[float, int]]
+) -> tuple[float, Config, Traced] | None:
+    """Seconds of the student's step by arithmetic; None for what does not fit or cannot be.
+
+    `works` is filled with each shape's FLOPs and micro-batches, which do not depend on the mesh.
+    """
     try:
         traced = traced_of(config)
     except UserError:
@@ -67,15 +77,19 @@ def _judge(config: Config, topology: Topology, traced_of: Callable[[Config], Tra
     tensor, dims = config.mesh.tensor, traced.dims
     if dims.heads % tensor or budget_of(traced).needed > topology.chip.memory / GIB:
         return None
-    step, shape = traced.student(), traced.programs.rows(traced.programs.samples)
-    micro_batches = traced.work.rows_used(shape, traced.programs.samples)
+    each = traced.programs.samples if traced.judges else 1
+    shape = traced.programs.rows(each)
+    if shape not in works:
+        step = traced.student()
+        works[shape] = matrix_flops(step.traced.jaxpr.jaxpr, step.trips), traced.work.rows_used(shape, each)
+    flops, micro_batches = works[shape]
     weights = 2.0 * sum(leaf.size for leaf in _leaves(traced)) / tensor
     tokens = 2.0 * dims.layers * shape.rows * shape.length / traced.rows_parts  # bytes for each number of every layer
     travels = 8 * dims.width * tokens / config.mesh.context if tensor > 1 else 0.0
     if config.mesh.context > 1:
         travels += 3 * 2 * dims.kv_heads * dims.head_width * tokens / (1 if dims.kv_heads % tensor else tensor)
     links = micro_batches * (3 * weights + travels) / topology.chip.links
-    return matrix_flops(step.traced.jaxpr.jaxpr, step.trips) / topology.chips / topology.chip.flops + links, config, traced
+    return flops / len(topology.devices) / topology.chip.flops + links, config, traced
 
 
 def _leaves(traced: Traced) -> list[Any]:

@@ -16,29 +16,32 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator, as its maker's data sheet has it.
+    """One accelerator, as its maker's data sheet has it; or one of the devices that JAX has it as, each with its share.
 
     Attributes:
         memory: bytes that a program may use.
         flops: bfloat16 operations per second.
         bandwidth: bytes per second between the chip and its memory.
         links: bytes per second that it sends over all of its links to other chips: half of what the data sheet calls bidirectional.
+        devices: how many JAX has a chip as.
     """
 
     memory: float
     flops: float
     bandwidth: float
     links: float
+    devices: int = 1
 
 
-# The tables of Cloud TPU's documentation, docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: bfloat16 peak, HBM and inter-chip interconnect
-# (ICI) bandwidth per chip; of ICI they tell both ways together, of v4's nothing: arXiv 2304.01433 has 6 links of 50 GB/s. Of the memory
-# (32 GiB, 16 GB, 95 GiB and 32 GB in the tables), what the compiler says that a program may use.
+# The tables of Cloud TPU's documentation, docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: bfloat16 peak, HBM and inter-chip
+# interconnect (ICI) bandwidth per chip; of ICI they tell both ways together, of v4's nothing: arXiv 2304.01433 has 6 links of 50 GB/s.
+# Of the memory (32 GiB, 16 GB, 95 GiB, 32 GB and 192 GiB in the tables), what the compiler says that a program may use.
 CHIPS = {
     "v4": Chip(memory=30.75 * GIB, flops=275e12, bandwidth=1200e9, links=300e9),
     "v5e": Chip(memory=15.75 * GIB, flops=197e12, bandwidth=819e9, links=200e9),
     "v5p": Chip(memory=95.74 * GIB, flops=459e12, bandwidth=2765e9, links=600e9),
     "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1638e9, links=400e9),
+    "tpu7x": Chip(memory=94.75 * GIB, flops=2307e12 / 2, bandwidth=7380e9 / 2, links=600e9 / 2, devices=2),
 }
 ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else each of a v4 chip's two cores is one
 # One GPU, by its maker's data sheet; nothing is compiled for it, so that a plan is by arithmetic alone.
@@ -52,7 +55,7 @@ class Topology:
     Attributes:
         name: as the command line has it.
         chip: one of them.
-        devices: to compile for, one for each chip.
+        devices: to compile for.
         compiles: whether the compiler of these chips is here.
     """
 
@@ -64,7 +67,7 @@ class Topology:
     @property
     def chips(self) -> int:
         """How many."""
-        return len(self.devices)
+        return len(self.devices) // self.chip.devices
 
     @property
     def hosts(self) -> int:
