@@ -23,10 +23,11 @@ pytestmark = pytest.mark.timeout(600)  # the first test waits for six processes
 
 STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
 
-# gadjax, which sends itself a signal as soon as a step's row is written.
+# gadjax, which sends itself a signal as soon as a step's row is written, and tells what it holds when a state is restored.
 STOPPED = """
 import os, signal, sys
-from gadjax import metrics
+import jax
+from gadjax import checkpointing, metrics
 from gadjax.cli import main
 
 stage, step, number = sys.argv.pop(1).split(":")
@@ -37,7 +38,12 @@ def write_and_stop(log, at, row):
     if log._file.name.endswith(f"stages/{stage}/metrics.jsonl") and at == int(step):
         os.kill(os.getpid(), int(number))
 
+def tell_and_restore(*arguments, restore=checkpointing.Checkpoints.restore):
+    print("held:", sum(array.nbytes for array in jax.live_arrays()), file=sys.stderr)
+    return restore(*arguments)
+
 metrics.MetricsLog.write = write_and_stop
+checkpointing.Checkpoints.restore = tell_and_restore
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have them ignore it
 main()
 """
@@ -83,6 +89,14 @@ def test_stages_go_on_from_their_last_checkpoint(resumed: tuple[tiny.Tiny, dict[
     last = resumed[1]["last"]
     assert "collect: 48/48" in last and "WARNING" not in "".join(resumed[1].values())
     assert not re.search(r"^(seqkd|warmup): \d/", last, re.M)  # finished stages are left alone
+
+
+def test_no_second_state_is_held_while_one_is_restored(resumed: tuple[tiny.Tiny, dict[str, str]]):
+    experiment, said = resumed
+    student = Session.open(Run.at(experiment.run), experiment.run / "student").final_role("gad", "student").params
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(student))
+    [held] = re.findall(r"^held: (\d+)$", said["gad 6 SIGKILL"], re.M)
+    assert size <= int(held) < 2 * size  # the reference, and hardly more; a state is two models with two moments each
 
 
 @pytest.mark.parametrize("stage", tiny.STEPS)
