@@ -16,7 +16,7 @@ from gadjax.teachers.collect import all_requests, collect, request_for
 from gadjax.teachers.config import TeacherConfig
 from gadjax.teachers.estimate import Estimate, estimate
 from gadjax.teachers.file import Fields, read_pairs
-from gadjax.teachers.openai import api_key, price_of
+from gadjax.teachers.openai import api_key, has_key, price_of
 from gadjax.teachers.requests import Outcome, Request
 from gadjax.terminal import say, track
 
@@ -51,6 +51,14 @@ def collect_answers(run: Run, limit: int | None = None) -> None:
         if summary.refused or summary.failed or summary.truncated or summary.cost:
             told = f"{summary.refused} refused, {summary.failed} failed, {summary.truncated} cut by length, ${summary.cost:.2f}"
             say(f"{title}: {summary.ok} of {summary.wanted} answers ({told})")
+
+
+def collect_unless_frozen(run: Run) -> None:
+    """The same for a run that trains. Where its data is frozen and a key is not here, as on rented chips, no teacher is needed."""
+    if run.data.exists() and not all(map(has_key, run.config.all_teachers.values())):
+        say("collect: the data is frozen, and no key is here: nothing more is asked")
+    else:
+        collect_answers(run)
 
 
 def collect_command(config: Path, overrides: list[str], show_status: bool, dry_run: bool, limit: int | None, as_json: bool) -> None:

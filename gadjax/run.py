@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from gadjax.collecting import check_teacher, collect_answers
+from gadjax.collecting import check_teacher, collect_unless_frozen
 from gadjax.config import dump_config
 from gadjax.errors import UserError
 from gadjax.evaluate import evaluate_stages, every_checkpoint
@@ -22,6 +22,7 @@ from gadjax.report.page import write_report
 from gadjax.runs import Clock, Run
 from gadjax.session import Session
 from gadjax.sharding import by_first, check_same, is_first, start_processes, wait_for_all
+from gadjax.teachers.openai import has_key
 from gadjax.terminal import console, say
 from gadjax.train import train_stage
 
@@ -32,15 +33,14 @@ def run(config: Path, overrides: list[str]) -> None:
     """Everything: collect, prepare, train, evaluate, report, export."""
     start_processes()
     with _begun(config, overrides, check_teacher, check_devices, check_student) as (opened, clock):
-        by_first(lambda: collect_answers(opened))
+        by_first(lambda: collect_unless_frozen(opened))
         session = _session(opened)
         _train(session)
         _evaluate(session, clock)
         by_first(lambda: _report(opened))
         name = opened.config.evaluation.export or list(opened.config.stages)[-1]
         say(f"export: {export_stage(session, name)}")
-        if opened.config.evaluation.judge:  # last, for it may find no key where models are trained
-            by_first(lambda: _judge(opened))
+        by_first(lambda: _judge(opened))
 
 
 def prepare(config: Path, overrides: list[str]) -> None:
@@ -155,9 +155,16 @@ def _sweep(session: Session, clock: Clock | None) -> None:
 
 
 def _judge(opened: Run) -> None:
-    assert opened.config.evaluation.judge is not None
-    print_tables(judge_run(opened, opened.config.evaluation.judge), console)
-    _report(opened)
+    """Last, and after all else is safe: the judge may refuse, and where models are trained there may be no key to ask it with."""
+    judge = opened.config.evaluation.judge
+    if judge is None:
+        return
+    opened.push()
+    if has_key(judge):
+        print_tables(judge_run(opened, judge), console)
+        _report(opened)
+    else:
+        say(f"judge: {judge.api_key_env} is not set here; where it is, ask with `gadjax judge {opened.folder}`")
 
 
 def _report(opened: Run) -> None:

@@ -21,9 +21,10 @@ SECRET = "sk-do-not-tell"
 OPTIONS = ["--type", "v5p-32", "--zone", "us-east5-a", "--bucket", "gs://my-bucket/runs"]
 WHERE = "--zone=us-east5-a"
 REQUESTED, NODE, PROGRESS = "queued-resources list", "tpu-vm describe", "cat gadjax/state 2"
+LOG, KEPT = "gadjax/run.log", "storage ls"
 
 # Writes its arguments down, and answers what STUB/answers.json has for the first text in it that they contain: the answers
-# one after another, the last again and again.
+# one after another, the last again and again; to some it gives none.
 STUB = """#!{python}
 import json, os, pathlib, sys
 folder = pathlib.Path(os.environ["STUB"])
@@ -34,8 +35,10 @@ for text, answers in script.items():
     if text in " ".join(sys.argv[1:]):
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         (folder / "answers.json").write_text(json.dumps(script))
+        if answer == "no answer":
+            sys.exit(1)
         print(answer, end="")
-        sys.exit(answer == "no answer")
+        break
 """
 PREPARE = """
 if sys.argv[1] == "prepare":  # the real command would leave this
@@ -116,10 +119,11 @@ def desk(tmp_path: Path) -> Desk:
     return Desk(tmp_path)
 
 
+COMMANDS = (["collect"], ["collect", "--status"], ["prepare"])  # of gadjax, on this machine
 HOSTILE = ["a;touch x", "$(touch x)", "`touch x`", "two words", "a\nb", 'quo"te', "quo'te", "../up", "-rf", "A", "a" * 60, "ä", "a&b", ""]
 
 
-@pytest.mark.parametrize("option", ["--name", "--type", "--zone", "--bucket", "--project"])
+@pytest.mark.parametrize("option", ["--name", "--type", "--zone", "--bucket", "--project", "--tries"])
 def test_a_hostile_name_is_refused(desk: Desk, option: str):
     (desk.repo / "c.yaml").touch()
     for value in HOSTILE:
@@ -178,9 +182,9 @@ def test_a_dry_run_shows_all_and_does_nothing(desk: Desk):
         text=True,
         check=True,
     )
-    assert shown.stdout.split("\0")[:-1] == [part for verb in ("collect", "prepare") for part in (verb, str(desk.repo / NAME), *settings)]
+    assert shown.stdout.split("\0")[:-1] == [part for verb, *more in COMMANDS for part in (verb, str(desk.repo / NAME), *settings, *more)]
     rest = [shlex.split(line) for line in done.stdout.partition("mkdir")[2].splitlines()[1:]]
-    words = ["pack.py", "create", "list", "describe", "scp", "worker.sh", "state", "mkdir", "run.log", "run.log", "delete"]
+    words = ["pack.py", "create", "list", "describe", "scp", "worker.sh", "state", "storage ls", "mkdir", "run.log", "delete"]
     assert [word in " ".join(line) for word, line in zip(words, rest, strict=True)] == [True] * len(words)
 
 
@@ -194,18 +198,18 @@ def test_from_a_config_to_the_end(desk: Desk):
         **{
             REQUESTED: ["", "WAITING_FOR_RESOURCES\n", "ACTIVE\n"],
             NODE: ["READY\n"],
-            PROGRESS: ["running\nrunning\n", "success 0\nsuccess 0\n"],
+            PROGRESS: ["running 0\nrunning 0\n", "success 0 0\nsuccess 0 0\n"],
         }
     )
     done = desk("launch.sh", NAME, "--name", "my-run", *OPTIONS, "--project", "my-project", "--spot", OVERRIDE)
     assert done.returncode == 0, done.stderr
     assert "done; tpu/fetch.sh my-run brings the report here" in done.stdout
     settings = [OVERRIDE, "run.name=my-run", "run.folder=runs", "run.bucket=gs://my-bucket/runs"]
-    assert desk.calls[:2] == [["gadjax", verb, str(desk.repo / NAME), *settings] for verb in ("collect", "prepare")]
-    assert all(call[0] == "gcloud" for call in desk.calls[2:])
+    assert desk.calls[:3] == [["gadjax", verb, str(desk.repo / NAME), *settings, *more] for verb, *more in COMMANDS]
+    assert all(call[0] == "gcloud" for call in desk.calls[3:])
     where = [WHERE, "--project=my-project"]
     request = ["--node-id=my-run", "--accelerator-type=v5p-32", "--runtime-version=v2-alpha-tpuv5", "--spot", "--quiet"]
-    assert desk.calls[3] == ["gcloud", "compute", "tpus", "queued-resources", "create", "my-run", *request, *where]
+    assert desk.calls[4] == ["gcloud", "compute", "tpus", "queued-resources", "create", "my-run", *request, *where]
     assert desk.done() == ["create", "set up", "delete"]
     copied = next(call for call in desk.calls if "scp" in call)
     assert copied[4:] == ["scp", "runs/.tpu/my-run/code.tar", "my-run:", "--worker=all", "--quiet", *where]
@@ -224,7 +228,11 @@ def test_from_a_config_to_the_end(desk: Desk):
     [
         # A spot TPU is gone, in the cloud's two ways of saying so: deleted, asked for and set up again, twice.
         (
-            {REQUESTED: ["", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"], NODE: ["READY"], PROGRESS: ["new", "new", "success 0"]},
+            {
+                REQUESTED: ["", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"],
+                NODE: ["READY"],
+                PROGRESS: ["new 0", "new 0", "success 0 0"],
+            },
             ["create", "set up", "delete", "create", "set up", "delete"],
             0,
         ),
@@ -232,7 +240,7 @@ def test_from_a_config_to_the_end(desk: Desk):
             {
                 REQUESTED: ["ACTIVE", "ACTIVE", "", "ACTIVE"],
                 NODE: ["READY", "PREEMPTED", "READY"],
-                PROGRESS: ["running", "new", "success 0"],
+                PROGRESS: ["running 0", "new 0", "success 0 0"],
             },
             ["delete", "create", "set up", "delete"],
             0,
@@ -242,35 +250,71 @@ def test_from_a_config_to_the_end(desk: Desk):
             {
                 REQUESTED: ["no answer", "ACTIVE"],
                 NODE: ["no answer", "READY"],
-                PROGRESS: ["no answer", "running\nexit-code 1", "success 0"],
+                PROGRESS: ["no answer", "running 1\nexit-code 1 0", "success 0 1"],
             },
             ["delete"],
             0,
         ),
         # One worker of two is done; one is new.
         (
-            {REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["success 0\nrunning", "success 0\nnew", "success 0"]},
+            {REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["success 0 0\nrunning 0", "success 0 0\nnew 0", "success 0 0"]},
             ["set up", "delete"],
             0,
         ),
         # A set-up that fails is tried again.
         (
-            {REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["new", "new", "success 0"], "worker.sh": ["no answer", ""]},
+            {REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["new 0", "new 0", "success 0 0"], "worker.sh": ["no answer", ""]},
             ["set up", "set up", "delete"],
             0,
         ),
         # What only the user can mend.
-        ({REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["running\nexit-code 2"]}, ["delete"], 2),
+        ({REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["running 0\nexit-code 2 0"]}, ["delete"], 2),
         # Deleting is tried until it is done: chips cost money.
-        ({REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["success 0"], "delete": ["no answer", ""]}, ["delete", "delete"], 0),
+        ({REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["success 0 0"], "delete": ["no answer", ""]}, ["delete", "delete"], 0),
+        # It was deleted meanwhile.
+        ({REQUESTED: ["ACTIVE", ""], NODE: ["READY"], PROGRESS: ["success 0 0"], "delete": ["no answer"]}, ["delete"], 0),
+        # Without the logs nobody would learn what the mistake was.
+        (
+            {REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["exit-code 2 0"], LOG: ["no answer", "no answer", "w-0: a mistake\n"]},
+            ["delete"],
+            2,
+        ),
     ],
-    ids=["suspended", "preempted", "no answer", "some workers", "set-up", "mistake", "delete"],
+    ids=["suspended", "preempted", "no answer", "some workers", "set-up", "mistake", "delete", "deleted", "no logs"],
 )
 def test_watching(desk: Desk, answers: dict[str, list[str]], expected: list[str], status: int):
     desk.launched()
     desk.script(**answers)
     done = desk("watch.sh", "my-run")
     assert (done.returncode, desk.done()) == (status, expected), done.stdout + done.stderr
+
+
+HERE = {REQUESTED: ["ACTIVE"], NODE: ["READY"]}
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (HERE | {PROGRESS: ["new 0"], "worker.sh": ["no answer"]}, ["set up"] * 3),
+        (HERE | {PROGRESS: ["no answer"]}, []),
+        (HERE | {PROGRESS: ["exit-code 2 0"], LOG: ["no answer"]}, []),
+        (HERE | {NODE: ["no answer"]}, []),
+        (HERE | {NODE: ["REPAIRING"]}, []),
+        (HERE | {PROGRESS: ["running 0", "running 1\nrunning 0", "running 1\nexit-code 1 0", "running 2\nrunning 9", "running 10"]}, []),
+        ({REQUESTED: ["SUSPENDED", "", "SUSPENDED"], KEPT: ["checkpoint 2"]}, ["delete", "create", "delete"]),
+        # A checkpoint came between the second failure and the third.
+        (HERE | {PROGRESS: [f"running {n}" for n in range(9)], KEPT: ["2", "2", "4", "4", "4", "6", "no answer"]}, []),
+    ],
+    ids=["set-up", "no answer", "no logs", "no node", "repaired", "restarts", "preempted", "progress"],
+)
+def test_chips_that_bring_nothing_are_given_back(desk: Desk, answers: dict[str, list[str]], expected: list[str]):
+    desk.launched()
+    desk.script(**{"delete": [""]} | answers)
+    done = desk("watch.sh", "my-run", "--tries", "3")
+    assert (done.returncode, desk.done()) == (1, [*expected, "delete"]), done.stdout + done.stderr
+    assert "(3 of 3)" in done.stdout and "gives up and deletes the TPU: 3 attempts brought no checkpoint; " in done.stdout
+    if KEPT in answers and len(answers[KEPT]) > 1:
+        assert re.findall(r"\((\d) of 3\)", done.stdout) == ["1", "2", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(("found", "expected"), [("", ["create"]), ("FAILED", ["delete"])])
@@ -283,7 +327,7 @@ def test_a_first_request_that_is_refused_is_not_repeated(desk: Desk, found: str,
 
 def test_another_launch_takes_over_a_running_tpu(desk: Desk):
     desk.launched()
-    desk.script(**{REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["running", "success 0"]})
+    desk.script(**{REQUESTED: ["ACTIVE"], NODE: ["READY"], PROGRESS: ["running 0", "success 0 0"]})
     assert desk("watch.sh", "my-run", "--deploy").returncode == 0
     assert desk.done() == ["set up", "delete"]
 
@@ -293,16 +337,48 @@ def test_the_siblings(desk: Desk):
     for script in ("status.sh", "logs.sh", "stop.sh", "fetch.sh", "teardown.sh"):
         assert desk(script, "my-run").returncode == 0
     tpus = ["gcloud", "compute", "tpus"]
-    logs = ["--command=tail -n 2000 gadjax/run.log", "--output-directory=runs/.tpu/my-run/logs", "--quiet"]
+    logs = """--command=tail -n 2000 gadjax/run.log | sed "s/^/$(hostname): /\""""
     assert desk.calls == [
         [*tpus, "queued-resources", "describe", "my-run", WHERE],
         [*tpus, "tpu-vm", "ssh", "my-run", "--worker=all", "--command=cat gadjax/state && tail -n 3 gadjax/run.log", "--quiet", WHERE],
-        [*tpus, "tpu-vm", "ssh", "my-run", "--worker=all", *logs, WHERE],
-        [*tpus, "tpu-vm", "ssh", "my-run", "--worker=0", "--command=tail -n 20 gadjax/run.log", "--quiet", WHERE],
+        [*tpus, "tpu-vm", "ssh", "my-run", "--worker=all", logs, "--quiet", WHERE],
         [*tpus, "tpu-vm", "ssh", "my-run", "--worker=all", "--command=sudo systemctl disable --now gadjax", "--quiet", WHERE],
         ["gcloud", "storage", "rsync", "gs://my-bucket/runs/my-run", "runs/my-run", "--recursive", "--exclude=stages/.*/checkpoints/.*"],
         [*tpus, "queued-resources", "delete", "my-run", "--force", "--quiet", WHERE],
     ]
+
+
+def on_worker(call: list[str], home: Path) -> str:
+    """What the command that a call has for the workers says on one with that home."""
+    command = next(part for part in call if part.startswith("--command=")).removeprefix("--command=")
+    return subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True, check=True).stdout
+
+
+def test_logs_are_gathered_worker_by_worker(desk: Desk, tmp_path: Path):
+    desk.launched()
+    desk.script(**{LOG: ["w-1: one\nw-0: two\nw-1: three\nw-0: four\n", "no answer"]})
+    whole = "w-0: two\nw-0: four\nw-1: one\nw-1: three\n"
+    assert desk("logs.sh", "my-run").stdout == whole
+    lost = desk("logs.sh", "my-run")
+    assert (lost.returncode, lost.stderr) == (2, "logs.sh: my-run: no worker answers\n")
+    assert (desk.repo / "runs" / ".tpu" / "my-run" / "logs" / "all.log").read_text() == whole
+    (tmp_path / "gadjax").mkdir()
+    (tmp_path / "gadjax" / "run.log").write_text("one & two\n")
+    said = on_worker(desk.calls[0], tmp_path)
+    assert re.fullmatch(r"[\w.-]+: one & two\n", said)
+
+
+def test_of_the_code_of_before_nothing_is_left_on_a_worker(desk: Desk, tmp_path: Path):
+    desk.launched()
+    desk.script(**HERE | {PROGRESS: ["running 0", "success 0 0"]})
+    assert desk("watch.sh", "my-run", "--deploy").returncode == 0
+    (tmp_path / "gadjax" / "build").mkdir(parents=True)
+    (tmp_path / "worker.sh").write_text("echo here")
+    with tarfile.open(tmp_path / "code.tar", "w") as tar:
+        tar.add(tmp_path / "worker.sh", "tpu/worker.sh")
+    set_up = next(call for call in desk.calls if "worker.sh" in " ".join(call))
+    assert on_worker(set_up, tmp_path) == "here\n"
+    assert sorted(path.name for path in (tmp_path / "gadjax").rglob("*")) == ["tpu", "worker.sh"]
 
 
 def test_a_worker_is_set_up(desk: Desk, tmp_path: Path):
@@ -334,7 +410,7 @@ def test_what_cannot_be_packed_is_told_before_anything_costs(desk: Desk):
     desk.have("gadjax")
     desk.have("python", "sys.exit(2)")
     assert desk("launch.sh", "c.yaml", "--name", "my-run", *OPTIONS).returncode == 2
-    assert [call[0] for call in desk.calls] == ["gadjax", "gadjax", "python"]
+    assert [call[0] for call in desk.calls] == ["gadjax", "gadjax", "gadjax", "python"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-# What the scripts beside this one share: their options, checked, and the commands of the cloud. To be sourced.
+# What the scripts beside this one share: their options, checked, and cloud.sh. To be sourced.
 # shellcheck shell=bash disable=SC2034 # what is not used here, the scripts use
 set -euo pipefail
 LC_ALL=C
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tpu/cloud.sh
 
-name='' type='' zone='' project='' bucket='' spot='' dry_run='' deploy='' positional=()
+name='' type='' zone='' project='' bucket='' spot='' tries=20 dry_run='' deploy='' positional=()
 
 fail() { # MESSAGE: a mistake of the user, in one line
   printf '%s: %s\n' "${0##*/}" "$1" >&2
@@ -18,7 +19,7 @@ check() { # OPTION VALUE PATTERN EXAMPLE: only plain names go on, to this machin
 parse() { # ARGUMENT...: into the variables above
   while (($#)); do
     case $1 in
-      --name | --type | --zone | --project | --bucket)
+      --name | --type | --zone | --project | --bucket | --tries)
         (($# > 1)) || fail "$1: has no value"
         printf -v "${1#--}" %s "$2"
         shift
@@ -31,6 +32,7 @@ parse() { # ARGUMENT...: into the variables above
     esac
     shift
   done
+  check --tries "$tries" '[1-9][0-9]{0,3}' 20
   [[ -z $name ]] || check --name "$name" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' my-run
   [[ -z $type ]] || check --type "$type" 'v[0-9]+[a-z]*-[0-9]+' v5p-32
   [[ -z $zone ]] || check --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' us-east5-a
@@ -49,16 +51,3 @@ recall() { # NAME [OPTION...]: what launch.sh was told of this run, and options 
   parse ${said[@]+"${said[@]}"} "$@"
   [[ -n $zone ]] || fail "$name: was not launched from here; launch it, or give --zone"
 }
-
-step() { # COMMAND...: done, or with --dry-run shown
-  if [[ -n $dry_run ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
-
-queued() { step gcloud compute tpus queued-resources "$@" --zone="$zone" ${project:+--project="$project"}; }
-vm() { step gcloud compute tpus tpu-vm "$@" --zone="$zone" ${project:+--project="$project"}; }
-on_workers() { vm ssh "$name" --worker=all --command="$1" --quiet; } # COMMAND: it has no word of the user in it

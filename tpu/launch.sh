@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs an experiment on a Cloud TPU, from a config to the report in a bucket:
-#   tpu/launch.sh CONFIG --name N --type v5p-32 --zone Z --bucket gs://... [--project P] [--spot] [--dry-run] [KEY.PATH=VALUE ...]
+#   tpu/launch.sh CONFIG --name N --type v5p-32 --zone Z --bucket gs://... [--project P] [--spot] [--tries N] [--dry-run] [KEY.PATH=VALUE ...]
 # Once more with the same name: the code and config of now take over, the run goes on.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -18,14 +18,15 @@ for override in ${overrides[@]+"${overrides[@]}"}; do
 done
 settings=(${overrides[@]+"${overrides[@]}"} "run.name=$name" "run.folder=runs" "run.bucket=$bucket")
 
-# The teacher is asked here, and its text frozen: no key is ever needed there. Both commands go on where they stopped.
+# The teacher is asked here, and its text frozen: no key is ever needed there, and what failed is not asked again there.
 step gadjax collect "$config" "${settings[@]}"
+step gadjax collect "$config" "${settings[@]}" --status
 step gadjax prepare "$config" "${settings[@]}"
 
 state=runs/.tpu/$name
 step mkdir -p "$state"
 step python tpu/pack.py "runs/$name" "$state/code.tar"
-options=(--type "$type" --zone "$zone" --bucket "$bucket" ${project:+--project "$project"} ${spot:+--spot})
+options=(--type "$type" --zone "$zone" --bucket "$bucket" --tries "$tries" ${project:+--project "$project"} ${spot:+--spot})
 [[ -n $dry_run ]] || printf '%s\n' "${options[@]}" >"$state/options"
 
 exec tpu/watch.sh "$name" "${options[@]}" --deploy ${dry_run:+--dry-run}

@@ -56,6 +56,11 @@ async def _ask_all(
         await Dispatcher(endpoint.ask, endpoint.worst_cost, config, cache, on_progress).run(missing, done)
 
 
+def has_key(config: TeacherConfig) -> bool:
+    """Whether the environment holds the key, if the teacher asks for one."""
+    return config.backend != "openai" or bool(os.environ.get(config.api_key_env, "").strip())
+
+
 def api_key(config: TeacherConfig) -> str:
     """The key that the environment holds."""
     key = os.environ.get(config.api_key_env, "").strip()
