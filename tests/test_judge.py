@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gadjax.cli import main
-from gadjax.config import load_config
+from gadjax.config import dump_config, load_config, make_config
 from gadjax.errors import UserError
 from gadjax.evaluation.answers import write_answers
 from gadjax.evaluation.judge import (
@@ -24,8 +25,7 @@ from gadjax.evaluation.judge import (
     better_pair,
     points_pair,
     read_verdict,
-    share_of_points,
-    share_of_wins,
+    shares,
 )
 from gadjax.evaluation.measure import Metric
 from gadjax.evaluation.samples import Samples
@@ -35,6 +35,8 @@ from gadjax.files import to_csv, to_json
 from gadjax.judging import judge_run, verdicts_so_far
 from gadjax.records import Prompt
 from gadjax.runs import Run
+from gadjax.teachers.cache import TeacherCache
+from gadjax.teachers.config import Price
 from gadjax.teachers.requests import Outcome
 from tests.desk import KEY, Desk, Reply, desk, good
 
@@ -46,12 +48,20 @@ def replies(pair: Pair, *texts: str) -> dict[str, Outcome]:
     return {request.key: Outcome("ok", text) for request, text in zip(pair, texts, strict=True)}
 
 
+def points(pair: Pair, outcomes: dict[str, Outcome]) -> float | None:
+    return shares(Points, pair, outcomes).mean
+
+
+def wins(pair: Pair, outcomes: dict[str, Outcome]) -> float | None:
+    return shares(Better, pair, outcomes).mean
+
+
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 
 def test_points_are_averaged_over_both_orders():
     pair = points_pair(PROMPT, "Oslo", "It is Oslo.", JUDGE)
-    assert share_of_points(pair, replies(pair, '{"first": 6, "second": 4}', '{"first": 8, "second": 2}')) == pytest.approx(40)  # 60 and 20
+    assert points(pair, replies(pair, '{"first": 6, "second": 4}', '{"first": 8, "second": 2}')) == pytest.approx(0.4)  # 0.6 and 0.2
 
 
 @pytest.mark.parametrize(
@@ -60,7 +70,7 @@ def test_points_are_averaged_over_both_orders():
 )
 def test_wins_are_averaged_over_both_orders(straight: str, turned: str, won: float):
     pair = better_pair(PROMPT, "Oslo", "Bergen", JUDGE)
-    assert share_of_wins(pair, replies(pair, json.dumps({"better": straight}), json.dumps({"better": turned}))) == won
+    assert wins(pair, replies(pair, json.dumps({"better": straight}), json.dumps({"better": turned}))) == won
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,7 @@ def test_wins_are_averaged_over_both_orders(straight: str, turned: str, won: flo
 )
 def test_anything_but_one_object_is_no_verdict(text: str):
     pair = points_pair(PROMPT, "Oslo", "It is Oslo.", JUDGE)
-    assert share_of_points(pair, replies(pair, text, '{"first": 8, "second": 2}')) is None
+    assert points(pair, replies(pair, text, '{"first": 8, "second": 2}')) is None
 
 
 @pytest.mark.parametrize(
@@ -99,7 +109,7 @@ def test_any_reply_is_a_verdict_or_none(text: str):
 
 def test_a_refusal_is_no_verdict():
     pair = better_pair(PROMPT, "Oslo", "Bergen", JUDGE)
-    assert share_of_wins(pair, {request.key: Outcome("refused", '{"better": "first"}') for request in pair}) is None
+    assert wins(pair, {request.key: Outcome("refused", '{"better": "first"}') for request in pair}) is None
 
 
 # --- answers are data ------------------------------------------------------------------------------------------------
@@ -201,6 +211,10 @@ class Court:
         samples = Samples(tuple(PROMPTS), teacher, tuple(texts[prompt.text] for prompt in PROMPTS), *columns)
         write_answers(self.folder / "evaluation" / f"{stage}.jsonl", {"greedy": samples}, False)
 
+    def summarised(self) -> None:
+        stages = {stage: {"rouge_l": Metric(0.5, {"a": 0.5, "b": 0.5})} for stage in ("student", "seqkd", "gad")}
+        (self.folder / "summary.json").write_text(to_json(summarise(stages, 1.0)))
+
     def tests(self, name: str) -> None:
         """A test set of two prompts."""
         config = self.folder / "config.yaml"
@@ -234,33 +248,80 @@ def test_a_run_is_judged(court: Court, capsys: pytest.CaptureFixture[str]):
     assert ended.value.code == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["prompts"] == 5  # question 5 has no verdict
-    points = {stage: metrics["judge_points"] for stage, metrics in summary["stages"].items()}
-    assert points == pytest.approx({"student": 100 / 9, "seqkd": 100 * 4 / 12, "gad": 50})
+    found = {stage: metrics["judge_points"] for stage, metrics in summary["stages"].items()}
+    assert found == pytest.approx({"student": 100 / 9, "seqkd": 100 * 4 / 12, "gad": 50})
     assert summary["intervals"]["gad"]["judge_points"] == [50, 50]
     assert summary["differences"]["gad"]["judge_points"]["mean"] == pytest.approx(50 - 100 / 3)
     assert [summary["stages"][stage]["wins_teacher"] for stage in ("student", "seqkd", "gad")] == [0, 0, 0.5]
     assert [summary["stages"][stage].get("wins_seqkd") for stage in ("student", "seqkd", "gad")] == [0, None, 1]
 
 
-def test_nothing_is_asked_twice_and_the_key_is_nowhere(court: Court):
+def test_nothing_is_asked_twice_but_what_got_no_verdict_and_the_key_is_nowhere(court: Court):
     judge_run(court.run, court.judge)
     asked = len(court.server.bodies)
     # 6 references; of 6 prompts and both orders: points of 3 stages, against the teacher 3, against seqkd 2
     assert asked == 6 + 6 * 2 * (3 + 3 + 2)
     judge_run(court.run, court.judge)
-    assert len(court.server.bodies) == asked
+    again = [body["messages"][-1]["content"] for body in court.server.bodies[asked:]]
+    assert len(again) == 2 * (3 + 3 + 2) and all("question 5" in text for text in again)
     assert not [file for file in court.folder.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
 
 
+def test_a_reply_that_is_no_verdict_is_asked_for_again_within_the_budget(court: Court):
+    judge_run(court.run, court.judge)
+    with TeacherCache(court.folder / "judge.sqlite") as cache:
+        spent = cache.cost()
+    with pytest.raises(UserError, match=r"^evaluation\.judge\.max_cost: "):
+        judge_run(court.run, court.judge.model_copy(update={"max_cost": spent}))
+    usual = court.server.reply
+    court.server.reply = lambda text, before: usual(text.replace("question 5", "question 4"), before)
+    assert judge_run(court.run, court.judge)["prompts"] == 6
+    with TeacherCache(court.folder / "judge.sqlite") as cache:
+        assert cache.cost() == pytest.approx(spent * (1 + 16 / (6 + 6 * 16)))  # what came to nothing was paid for, too
+
+
+def test_a_budget_that_ends_leaves_whole_prompts(court: Court, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("gadjax.judging.PORTION", 2)
+    court.server.reply, usual = lambda text, before: usual(text.replace("question 5", "question 4"), before), court.server.reply
+    court.summarised()
+    one = 17 * 20e-6  # of output; the endpoint counts 20 tokens a reply
+    price = Price(input=0.0, output=1.0)
+    with pytest.raises(UserError, match=r"^evaluation\.judge\.max_cost: "):
+        judge_run(court.run, court.judge.model_copy(update={"max_cost": 2.2 * one, "max_tokens": 20, "price": price}))
+    told = capsys.readouterr().err
+    (whole,) = re.findall(r"judge: of 6 prompts only those with a verdict for every stage count: judge_points (\d)", told)
+    assert whole == "2"
+    summary = json.loads((court.folder / "summary.json").read_text())
+    assert summary["stages"]["gad"]["judge_points"] == 50
+
+
 def test_the_summary_keeps_its_other_metrics_and_gets_the_verdicts(court: Court):
-    stages = {stage: {"rouge_l": Metric(0.5, {"a": 0.5, "b": 0.5})} for stage in ("student", "seqkd", "gad")}
-    (court.folder / "summary.json").write_text(to_json(summarise(stages, 1.0)))
+    court.summarised()
     judge_run(court.run, court.judge)
     summary = json.loads((court.folder / "summary.json").read_text())
     assert summary["stages"]["gad"] == {"rouge_l": 0.5, "judge_points": 50, "wins_teacher": 0.5, "wins_seqkd": 1}
     assert (summary["prompts"], summary["seconds"]) == (2, 1)
     assert summary["differences"]["gad"]["wins_teacher"]["mean"] == 0.5
     assert verdicts_so_far(court.run)["stages"]["gad"]["judge_points"] == 50
+
+
+def test_verdicts_of_a_judge_that_only_the_command_named_are_kept(court: Court):
+    """The run's config knows of none; the judge that was asked last is the one whose verdicts are in a summary that is made anew."""
+    config = court.folder / "config.yaml"
+    config.write_text(dump_config(make_config(yaml.safe_load(config.read_text()) | {"evaluation": {}})))
+    judge_run(court.run, court.judge)
+    assert court.run.config.evaluation.judge is None
+    assert verdicts_so_far(court.run)["stages"]["gad"] == {"judge_points": 50, "wins_teacher": 0.5, "wins_seqkd": 1}
+    court.write("gad", {prompt.text: "new" for prompt in PROMPTS})
+    assert verdicts_so_far(court.run)["stages"]["gad"] == {}, "these answers have no verdict"
+
+
+@pytest.mark.parametrize("settings", ["{", '{"against": ["runs/gone/gad"]}', '{"backend": "tutor"}'])
+def test_a_summary_is_made_without_verdicts_that_cannot_be_read(court: Court, settings: str, capsys: pytest.CaptureFixture[str]):
+    judge_run(court.run, court.judge)
+    (court.folder / "judge.json").write_text(settings)
+    assert verdicts_so_far(court.run)["stages"] == {}
+    assert "judge: its verdicts are left out of the summary until it is asked again: " in capsys.readouterr().err
 
 
 def test_another_answer_is_judged_anew(court: Court):
@@ -270,14 +331,28 @@ def test_another_answer_is_judged_anew(court: Court):
     known = verdicts_so_far(court.run)["stages"]["gad"]["judge_points"]  # the verdicts on seqkd's texts
     assert known == pytest.approx((2 * 100 / 3 + 3 * 50) / 5)
     judge_run(court.run, court.judge)
-    assert len(court.server.bodies) == asked + 2  # against the same text of seqkd: both orders are one request
+    again = [text for body in court.server.bodies[asked:] if "question 5" not in (text := body["messages"][-1]["content"])]
+    assert len(again) == 2  # against the same text of seqkd: both orders are one request
 
 
-def test_a_table_of_every_verdict(court: Court):
+def test_a_table_of_every_verdict_tells_the_place(court: Court, capsys: pytest.CaptureFixture[str]):
+    usual = court.server.reply
+
+    def biased(text: str, before: int) -> Reply:
+        """A judge that finds the first answer better, of those that are not by gad."""
+        favoured = text.startswith("===") and "by reference" not in text and "by gad" not in text and "question 5" not in text
+        return (200, {}, good('{"better": "first"}')) if favoured else usual(text, before)
+
+    court.server.reply = biased
     judge_run(court.run, court.judge)
     lines = (court.folder / "evaluation" / "judge.csv").read_text().splitlines()
-    assert lines[0] == "stage,metric,prompt,value"
-    assert len(lines) == 1 + 5 * (3 + 3 + 2)
+    assert lines[0] == "stage,metric,prompt,place,value"
+    assert len(lines) == 1 + 2 * 5 * (3 + 3 + 2)
+    first = PROMPTS[0].id
+    assert {f"student,wins_teacher,{first},first,1.0", f"student,wins_teacher,{first},second,0.0"} < set(lines)
+    assert {f"gad,wins_seqkd,{first},first,1.0", f"gad,wins_seqkd,{first},second,1.0"} < set(lines)
+    # Of a prompt's 16 verdicts 6 are biased; of the others the two of each pair, and ties, cancel out.
+    assert f"judge: {(6 + 5) / 16:.1%} of 80 verdicts are for the answer in the first place" in capsys.readouterr().err
 
 
 def test_only_the_first_prompts_are_judged(court: Court):

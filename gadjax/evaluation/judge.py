@@ -5,7 +5,7 @@
                arXiv 2511.10643, section 3, there with GPT-4o for a judge.
     win rate   which of two answers is better; a tie counts one half.
 
-Every pair is judged in both orders and the two verdicts are averaged, for judges favour the place. Answers are data: they stand between
+Every pair is judged in both orders and the two verdicts are averaged, for judges favour a place. Answers are data: they stand between
 lines with a word that is made from their own hash, so that no text can hold it, and the judge is told that nothing there is meant for it.
 A verdict is one JSON object; anything else is no verdict.
 """
@@ -62,14 +62,24 @@ class Points(_Reply):
     first: float = Field(ge=1, le=10)
     second: float = Field(ge=1, le=10)
 
+    @property
+    def share(self) -> float:
+        """Of the first answer, 0 to 1."""
+        return self.first / (self.first + self.second)
+
 
 class Better(_Reply):
     """The verdict on two answers, which is better."""
 
     better: Literal["first", "second", "tie"]
 
+    @property
+    def share(self) -> float:
+        """Of the first answer: all, nothing, or one half."""
+        return {"first": 1.0, "second": 0.0, "tie": 0.5}[self.better]
 
-Verdict = TypeVar("Verdict", Points, Better)
+
+Verdict = TypeVar("Verdict", bound=Points | Better)
 
 
 class Pair(NamedTuple):
@@ -94,22 +104,22 @@ def better_pair(prompt: Prompt, answer: str, other: str, judge: JudgeConfig) -> 
     return _pair(prompt, answer, other, judge, BETTER)
 
 
-def share_of_points(pair: Pair, outcomes: Mapping[str, Outcome]) -> float | None:
-    """100 · student / (student + reference), the mean of both orders; None unless there are both verdicts."""
-    straight, turned = (_verdict(Points, outcomes.get(request.key)) for request in pair)
-    if straight is None or turned is None:
-        return None
-    shares = (straight.first / (straight.first + straight.second), turned.second / (turned.first + turned.second))
-    return 50.0 * sum(shares)
+class Shares(NamedTuple):
+    """An answer's share of each of two verdicts, by the place where it stood; None where there is no verdict."""
+
+    first: float | None
+    second: float | None
+
+    @property
+    def mean(self) -> float | None:
+        """None unless there are both verdicts."""
+        return None if self.first is None or self.second is None else (self.first + self.second) / 2
 
 
-def share_of_wins(pair: Pair, outcomes: Mapping[str, Outcome]) -> float | None:
-    """1 where the answer is better in both orders, 0 where the other one is; ties and contradictions lie between. None as above."""
-    straight, turned = (_verdict(Better, outcomes.get(request.key)) for request in pair)
-    if straight is None or turned is None:
-        return None
-    won = {"first": 1.0, "second": 0.0, "tie": 0.5}
-    return (won[straight.better] + 1.0 - won[turned.better]) / 2
+def shares(kind: type[Points] | type[Better], pair: Pair, outcomes: Mapping[str, Outcome]) -> Shares:
+    """What an answer has of its verdicts: student / (student + reference) of points; 1 where it is better, 1/2 of a tie."""
+    straight, turned = (_verdict(kind, outcomes.get(request.key)) for request in pair)
+    return Shares(straight.share if straight else None, 1.0 - turned.share if turned else None)
 
 
 def read_verdict(kind: type[Verdict], text: str) -> Verdict | None:
