@@ -247,6 +247,7 @@ def judge(
     overrides: Overrides = None,
     human: Annotated[bool, typer.Option("--human", help="People vote, on a page that only this machine can open.")] = False,
     against: Annotated[str, typer.Option(help="With --human: `teacher`, or another stage of the run.")] = "teacher",
+    split: Annotated[str, typer.Option(help="With --human: `validation`, or a test set.")] = "validation",
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --human: where the page is; 0 takes a free port.")] = 8010,
     results: Annotated[bool, typer.Option("--results", help="With --human: only tell what came out so far.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -257,7 +258,7 @@ def judge(
 
     Example: gadjax judge --human runs/quickstart/gad --against seqkd
     """
-    _call("judge", stage, overrides or [], (against, port, results) if human else None, as_json)
+    _call("judge", stage, overrides or [], (against, split, port, results) if human else None, as_json)
 
 
 @app.command()

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from gadjax.config import UNTOUCHED, stage_of
 from gadjax.errors import UserError
+from gadjax.evaluate import HELD_OUT, evaluation_folder
 from gadjax.evaluation.answers import read_answers
 from gadjax.evaluation.ballots import BallotBox, Choice, Pair, Result, count, in_order
 from gadjax.files import replace_file, to_csv, to_json
@@ -45,35 +47,46 @@ class _Vote(_Message):
     choice: Literal["left", "right", "tie"]
 
 
-def pairs_of(run: Run, stage: str, against: str) -> list[Pair]:
-    """A stage's greedy answers, each with another's to the same prompt; where both are the same there is nothing to choose.
+def pairs_of(run: Run, stage: str, against: str, split: str = HELD_OUT) -> list[Pair]:
+    """A stage's greedy answers to a split's prompts, each with another's.
 
     Args:
         run: it was evaluated.
         stage: of the run.
-        against: `teacher`, or another stage.
+        against: `teacher`, `student`, or another stage.
+        split: `validation`, or a test set.
 
     Raises:
-        UserError: one of them has no answers.
+        UserError: one of them is unknown or has no answers, or there is nothing to choose between.
     """
-    answers = read_answers(run.folder / "evaluation" / f"{stage}.jsonl")["greedy"]
+    known = [HELD_OUT, *run.config.prompts.tests]
+    if split not in known:
+        raise UserError("--split", f"{split!r} is no split that is evaluated", f"use {' or '.join(known)}")
+    stages = [TEACHER, UNTOUCHED, *run.config.stages]
+    if against != TEACHER and stage_of(against) not in stages:
+        raise UserError("--against", f"{against!r} is no stage of the run", f"use {' or '.join(stages)}, and --split for a test set")
+    folder = evaluation_folder(run, split)
+    answers = read_answers(folder / f"{stage}.jsonl")["greedy"]
     texts = answers.teacher
     if against != TEACHER:
-        other = read_answers(run.folder / "evaluation" / f"{against}.jsonl")["greedy"]
+        other = read_answers(folder / f"{against}.jsonl")["greedy"]
         found = dict(zip(other.ids, other.texts, strict=True))
-        texts = tuple(found.get(name, "") for name in answers.ids)
+        if missing := {*answers.ids} - found.keys():
+            what = f"has no answer to {len(missing)} of the prompts that {stage} answered"
+            raise UserError(against, what, "run `gadjax evaluate`, so that both are evaluated on the same data")
+        texts = tuple(found[name] for name in answers.ids)
     pairs = {prompt.id: Pair(prompt, ours, theirs) for prompt, ours, theirs in zip(answers.prompts, answers.texts, texts, strict=True)}
-    different = [pair for pair in pairs.values() if pair.stage.strip() != pair.other.strip()]
-    if not different:
+    if all(pair.same for pair in pairs.values()):
         raise UserError(stage, f"answers as {against} does, word for word", "compare it with another stage")
-    return different
+    return list(pairs.values())
 
 
 class Poll:
-    """The pairs and their votes: what the page asks for."""
+    """The pairs and their votes: what the page asks for. Nobody is asked to choose between equals."""
 
     def __init__(self, pairs: Sequence[Pair], box: BallotBox):
-        self._pairs, self._box, self._lock = {pair.key: pair for pair in pairs}, box, threading.Lock()
+        self._pairs = {pair.key: pair for pair in in_order(pairs) if not pair.same}
+        self.total, self._all, self._box, self._lock = len(self._pairs), pairs, box, threading.Lock()
         self.actions: Mapping[str, tuple[type[_Message], Callable[[Any], None]]] = {
             "/next": (_Next, lambda _: None),
             "/vote": (_Vote, self._vote),
@@ -100,13 +113,13 @@ class Poll:
 
     def _next(self, annotator: str) -> dict[str, Any]:
         done = {vote.pair for vote in self._box.votes(self._pairs) if vote.annotator == annotator}
-        open_ = [pair for pair in in_order(list(self._pairs.values()), annotator) if pair.key not in done]
-        return {"ballot": open_[0].ballot(annotator) if open_ else None, "done": len(done), "total": len(self._pairs)}
+        first = next((pair for key, pair in self._pairs.items() if key not in done), None)
+        return {"ballot": first and first.ballot(annotator), "done": len(done), "total": self.total}
 
     def result(self) -> Result | None:
         """What came out so far."""
         with self._lock:
-            return count(self._box.votes(self._pairs))
+            return count(self._box.votes(self._pairs), self._all)
 
 
 class _Listener(ThreadingHTTPServer):
@@ -170,12 +183,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent: the terminal is for results."""
 
 
-def judge_by_people(place: str, against: str, port: int, results: bool, as_json: bool) -> None:
+def judge_by_people(place: str, against: str, split: str, port: int, results: bool, as_json: bool) -> None:
     """Serves the page until Ctrl-C, then tells what came out; or only tells it.
 
     Args:
         place: `RUN` or `RUN/STAGE`.
         against: `teacher`, or another stage of the run.
+        split: `validation`, or a test set.
         port: 0 takes a free one.
         results: only what came out so far.
         as_json: that as one JSON object on stdout.
@@ -184,27 +198,27 @@ def judge_by_people(place: str, against: str, port: int, results: bool, as_json:
         UserError: there are no answers, or the port is taken.
     """
     run, stage = Run.find(place)
-    pairs = pairs_of(run, stage, against)
+    pairs = pairs_of(run, stage, against, split)
     with BallotBox(run.folder / "evaluation" / VOTES) as box:
-        poll = Poll(pairs, box)
         if not results:
-            _serve(poll, port, len(pairs))
+            _serve(Poll(pairs, box), port)
         votes = box.votes(pair.key for pair in pairs)
-        table = run.folder / "evaluation" / f"human_{stage}_{against}.csv"
-        replace_file(table, to_csv(("pair", "annotator", "vote"), votes))
-    result = count(votes)
+    table = evaluation_folder(run, split) / f"human_{stage}_{against}.csv"
+    replace_file(table, to_csv(("pair", "annotator", "vote"), votes))
+    result = count(votes, pairs)
     _tell(result, stage, against, table)
     if as_json:
         print(to_json(asdict(result) if result else None))
 
 
-def _serve(poll: Poll, port: int, pairs: int) -> None:
+def _serve(poll: Poll, port: int) -> None:
     try:
         listener = _Listener(port, poll)
     except OSError as error:
         raise UserError("--port", f"{HOST}:{port} cannot be listened at ({error.strerror})", "name another port") from error
     with listener:
-        say(f"judge: {pairs} pairs at http://{HOST}:{listener.server_port}/, for any number of people; Ctrl-C ends it, nothing is lost")
+        where = f"http://{HOST}:{listener.server_port}/"
+        say(f"judge: {poll.total} pairs at {where}, for any number of people; Ctrl-C ends it, nothing is lost")
         try:
             listener.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
@@ -218,6 +232,8 @@ def _tell(result: Result | None, stage: str, against: str, table: Path) -> None:
     wins, counts = result.wins, result.counts
     interval = f"{wins.mean:.1%} [{wins.low:.1%}, {wins.high:.1%}]"
     say(f"judge: {stage} is better than {against} on {interval} of the prompts, a tie counting one half")
+    if result.same:
+        say(f"  on {result.same} prompts both answers are the same: ties that nobody was asked for, in proportion to the others voted on")
     say(f"  votes: {counts['stage']} for {stage}, {counts['other']} for {against}, {counts['tie']} ties")
     for name, (share, number) in result.by_annotator.items():
         say(f"  {harmless(name)}: {share:.1%} of {number}")

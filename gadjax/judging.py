@@ -90,7 +90,7 @@ class Found:
     verdicts: Sequence[tuple[Case, Shares]]
 
 
-def judge(place: str, overrides: list[str], by_people: tuple[str, int, bool] | None, as_json: bool) -> None:
+def judge(place: str, overrides: list[str], by_people: tuple[str, str, int, bool] | None, as_json: bool) -> None:
     """Asks for the verdicts that are missing, shows all, and adds them to the run's summary; or lets people vote.
 
     Args:

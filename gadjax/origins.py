@@ -121,6 +121,8 @@ def role_from(origin: str, role: str, models: Models, student: Path, key: jax.Ar
         raise UserError(origin, "is not there any more", "bring it back")
     with Checkpoints(run.checkpoints(Path(origin).name), read_only=True) as checkpoints:
         step = checkpoints.latest or 0
+        if run.config.stages[Path(origin).name].select is not None:
+            step = checkpoints.restore_host(step)["selection"]["best"] or step
         check_base(models, checkpoints.restore_host(step), origin)
         try:
             return checkpoints.restore_role(step, role, models.abstract_role(network))

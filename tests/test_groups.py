@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gadjax import collecting, prepare
+from gadjax.checkpointing import Checkpoints, checkpoint_digest
 from gadjax.cli import main
 from gadjax.collecting import collect_answers
 from gadjax.data.packing import RowShape, pack
@@ -18,8 +19,10 @@ from gadjax.data.snapshot import Example, Snapshot
 from gadjax.errors import UserError
 from gadjax.evaluate import every_checkpoint
 from gadjax.evaluation.answers import read_answers
+from gadjax.export import export_stage
 from gadjax.metrics import read
 from gadjax.models.fresh import CONTROL
+from gadjax.origins import role_from
 from gadjax.prepare import prepare_data
 from gadjax.runs import Run
 from gadjax.session import Session
@@ -114,6 +117,20 @@ def test_a_stage_that_selects_ends_early_and_its_outcome_is_its_best_step(twice:
     assert Run.find(f"{twice}/still@4")[1] == "still@4"
     with pytest.raises(UserError, match="the run has no stage still@x"):
         Run.find(f"{twice}/still@x")
+
+
+def test_what_starts_from_it_and_what_is_exported_is_the_best_step(twice: Path):
+    session = Session.open(Run.at(twice), twice / "student")
+    found = role_from(f"{twice}/still", "student", session.models, session.folder, session.key)
+    same_bits(found, session.final_role("still@2", "student"))
+    with pytest.raises(AssertionError):
+        same_bits(found, session.final_role("still@6", "student"))
+    with pytest.MonkeyPatch.context() as patch:
+        read_steps, restore = list[int](), Checkpoints.restore_role
+        patch.setattr(Checkpoints, "restore_role", lambda self, step, *others: read_steps.append(step) or restore(self, step, *others))
+        folder = export_stage(session, "still")
+    assert read_steps == [2]
+    assert json.loads((folder / "gadjax.json").read_text())["checkpoint"] == checkpoint_digest(session.run.checkpoints("still"), 2)
 
 
 def same_bits(one: object, other: object) -> None:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,9 +42,18 @@ def test_a_choice_of_a_side_is_a_vote_for_whose_text_was_there():
         assert pair.vote("ada", "tie") == "tie"
 
 
-def test_every_annotator_has_an_order_of_its_own():
-    assert sorted(pair.key for pair in in_order(PAIRS, "ada")) == sorted(pair.key for pair in PAIRS)
-    assert in_order(PAIRS, "ada") == in_order(PAIRS[::-1], "ada") != in_order(PAIRS, "bob")
+def test_one_order_is_everybody_s(tmp_path: Path):
+    assert sorted(pair.key for pair in in_order(PAIRS)) == sorted(pair.key for pair in PAIRS)
+    assert in_order(PAIRS) == in_order(PAIRS[::-1]) != PAIRS
+    with BallotBox(tmp_path / "votes.sqlite") as box:
+        poll, voted = Poll(PAIRS, box), dict[str, list[str]]()
+        for name, votes in (("ada", 7), ("bob", 4)):
+            said = poll.do("/next", json.dumps({"annotator": name}).encode())
+            for _ in range(votes):
+                pair = said["ballot"]["pair"]
+                voted.setdefault(name, []).append(pair)
+                said = poll.do("/vote", json.dumps({"annotator": name, "pair": pair, "choice": "tie"}).encode())
+    assert voted["ada"][:4] == voted["bob"]  # who stops early has voted on what the others began with
 
 
 def test_a_ballot_does_not_say_whose_texts_they_are():
@@ -83,6 +93,15 @@ def test_what_comes_out():
     assert count([]) is None
 
 
+def test_equal_answers_are_ties_in_proportion():
+    pairs = [*PAIRS[:4], *(Pair(pair.prompt, "alike", " alike\n") for pair in PAIRS[4:8])]
+    result = count([Vote(pair.key, "ada", "stage") for pair in PAIRS[:4]], pairs)
+    assert result is not None
+    assert (result.wins.mean, result.same, result.by_annotator) == (0.75, 4, {"ada": (1.0, 4)})
+    half = count([Vote(pair.key, "ada", "stage") for pair in PAIRS[:2]], pairs)
+    assert half is not None and half.wins.mean == 0.75
+
+
 def test_alpha_is_krippendorff_s():
     # Worked by hand. 4 shared ballots, values a a, a b, b b, b b: n = 8, of them a 3, b 5; expected 8² - 9 - 25 = 30, observed 2.
     assert alpha([["a", "a"], ["a", "b"], ["b", "b"], ["b", "b"], ["a"]]) == pytest.approx(1 - 7 * 2 / 30)
@@ -98,23 +117,42 @@ def test_the_answers_of_a_run_are_paired(court: Court):  # noqa: F811
     first = pairs_of(court.run, "gad", "teacher")[0]
     assert (first.stage, first.other) == ("question 0: by gad", "question 0: by teacher")
     court.write("gad", {"question 0": "question 0: by seqkd"})
-    assert len(pairs_of(court.run, "gad", "seqkd")) == 5  # nobody is asked to choose between equals
+    pairs = pairs_of(court.run, "gad", "seqkd")
+    assert sum(pair.same for pair in pairs) == 1
+    with BallotBox(court.folder / "votes.sqlite") as box:
+        assert Poll(pairs, box).total == 5  # nobody is asked to choose between equals
     with pytest.raises(UserError, match="word for word"):
         pairs_of(court.run, "gad", "gad")
     with pytest.raises(UserError, match="has no answers yet"):
-        pairs_of(court.run, "gad", "nobody")
+        pairs_of(court.run, "gad", "seqkd@7")
+
+
+def test_what_is_no_stage_or_answered_other_prompts_is_refused(court: Court):  # noqa: F811
+    """Nobody votes against a text that is not there."""
+    court.tests("vicuna")
+    assert len(pairs_of(court.run, "gad", "teacher", "vicuna")) == 2
+    with pytest.raises(UserError, match=r"^--split: 'dolly' is no split that is evaluated; use validation or vicuna$"):
+        pairs_of(court.run, "gad", "teacher", "dolly")
+    for against in ("vicuna/gad", "nobody"):
+        with pytest.raises(UserError, match=rf"^--against: '{against}' is no stage of the run; use teacher or student or seqkd or gad, "):
+            pairs_of(court.run, "gad", against)
+    shutil.copy(court.folder / "evaluation" / "vicuna" / "seqkd.jsonl", court.folder / "evaluation")
+    with pytest.raises(UserError, match=r"^seqkd: has no answer to 4 of the prompts that gad answered; run `gadjax evaluate`"):
+        pairs_of(court.run, "gad", "seqkd")
 
 
 def test_results_are_told_and_written(court: Court, capsys: pytest.CaptureFixture[str]):  # noqa: F811
     (court.folder / "stages" / "gad" / "checkpoints" / "1").mkdir(parents=True)
-    pairs = pairs_of(court.run, "gad", "seqkd")
+    court.write("gad", {"question 5": "question 5: by seqkd"})
+    pairs = [pair for pair in pairs_of(court.run, "gad", "seqkd") if not pair.same]
     with BallotBox(court.folder / "evaluation" / "human.sqlite") as box:
         for pair in pairs:
             box.cast(pair.key, "=ada\x1b[2J", "stage")
-    judge_by_people(f"{court.folder}/gad", "seqkd", 0, True, True)
+    judge_by_people(f"{court.folder}/gad", "seqkd", "validation", 0, True, True)
     out, told = capsys.readouterr()
-    assert json.loads(out)["wins"] == {"mean": 1, "low": 1, "high": 1}
-    assert "gad is better than seqkd on 100.0% [100.0%, 100.0%] of the prompts" in told
+    assert json.loads(out)["wins"]["mean"] == pytest.approx(5.5 / 6)
+    assert "gad is better than seqkd on 91.7% [75.0%, 100.0%] of the prompts" in told
+    assert "on 1 prompts both answers are the same" in told
     assert "\x1b" not in told
     assert (court.folder / "evaluation" / "human_gad_seqkd.csv").read_text().splitlines()[1] == f"{pairs[0].key},'=ada\x1b[2J,stage"
 
@@ -193,20 +231,51 @@ def test_the_page_is_driven_by_the_keyboard(listener: _Listener, tmp_path: Path)
         def waits(text: str) -> None:
             WebDriverWait(page, 10).until(lambda _: page.find_element(By.ID, "progress").text == text)
 
-        page.get(f"http://127.0.0.1:{listener.server_port}/")
-        page.find_element(By.ID, "name").send_keys("ada", Keys.ENTER)
+        def begins(name: str) -> None:
+            page.get(f"http://127.0.0.1:{listener.server_port}/")
+            page.find_element(By.ID, "name").send_keys(name, Keys.ENTER)
+
+        def presses(*keys: str) -> None:
+            page.find_element(By.TAG_NAME, "body").send_keys(*keys)
+
+        begins("ada")
         waits("ada: 0 of 3")
-        body = page.find_element(By.TAG_NAME, "body")
         assert page.find_element(By.ID, "left").text in {text for pair in PAIRS[:3] for text in (pair.stage, pair.other)}
-        body.send_keys(Keys.ARROW_LEFT)
+        presses(Keys.ARROW_DOWN)  # scrolls
+        presses(Keys.ARROW_LEFT)
         waits("ada: 1 of 3")
-        body.send_keys("u")
+        presses("u")
         waits("ada: 0 of 3")
-        for key, told in ((Keys.ARROW_RIGHT, "ada: 1 of 3"), (Keys.ARROW_DOWN, "ada: 2 of 3"), (Keys.ARROW_LEFT, "ada: 3 of 3")):
-            body.send_keys(key)
+        for key, told in ((Keys.ARROW_RIGHT, "ada: 1 of 3"), ("n", "ada: 2 of 3")):
+            presses(key)
             waits(told)
+        begins("bob")  # a second one, on the same machine
+        waits("bob: 0 of 3")
+        presses(Keys.ARROW_LEFT)
+        waits("bob: 1 of 3")
+        begins("ada")  # goes on where she was
+        waits("ada: 2 of 3")
+        presses(Keys.ARROW_LEFT)
+        waits("ada: 3 of 3")
         assert page.find_element(By.ID, "done").is_displayed()
         assert complaints(page) == []
     result = listener.poll.result()
     assert result is not None
-    assert sum(result.counts.values()) == 3
+    assert {name: number for name, (_, number) in result.by_annotator.items()} == {"ada": 3, "bob": 1}
+    assert result.counts["tie"] == 1
+    assert result.agreement is not None, "they have voted on a pair in common"
+
+
+@pytest.mark.browser
+def test_typing_a_name_after_a_failed_request_is_no_vote(listener: _Listener, tmp_path: Path):
+    """The server is away for the first request; what is typed then is text, and no key takes a vote back."""
+    with chromium(tmp_path / "profile") as page:
+        page.get(f"http://127.0.0.1:{listener.server_port}/")
+        asked(listener, "/vote", {"annotator": "ada", "pair": PAIRS[0].key, "choice": "tie"})
+        page.execute_script("window.fetch_ = window.fetch; window.fetch = () => Promise.reject(new Error('away'))")
+        name = page.find_element(By.ID, "name")
+        name.send_keys("ada", Keys.ENTER)
+        WebDriverWait(page, 10).until(lambda _: page.find_element(By.ID, "problem").is_displayed())
+        page.execute_script("window.fetch = window.fetch_")
+        name.send_keys("u", Keys.BACKSPACE, Keys.ENTER)
+        WebDriverWait(page, 10).until(lambda _: page.find_element(By.ID, "progress").text == "ada: 1 of 3")

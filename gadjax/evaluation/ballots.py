@@ -1,7 +1,8 @@
 """Human evaluation: which of two answers is better, by people who are not told whose they are.
 
-A ballot is a prompt and two answers, one on each side. Sides and order are drawn by lot for each annotator, by hashes: the same ones
-after an interruption. Votes are kept in SQLite, one for each annotator and pair of texts; answers that change are voted on anew.
+A ballot is a prompt and two answers, one on each side. The order is drawn by lot, one for all, so that whoever stops early has voted on
+what others began with; the sides are drawn for each annotator. Both by hashes: they are the same after an interruption. Votes are kept in
+SQLite, one for each annotator and pair of texts; answers that change are voted on anew.
 """
 
 import hashlib
@@ -41,6 +42,11 @@ class Pair:
     def key(self) -> str:
         """Names the texts."""
         return _hash(self.prompt.id, self.stage, self.other)
+
+    @property
+    def same(self) -> bool:
+        """Whether there is nothing to choose between."""
+        return self.stage.strip() == self.other.strip()
 
     def turned(self, annotator: str) -> bool:
         """Whether the stage's answer is on the right for this annotator."""
@@ -101,9 +107,9 @@ class BallotBox:
         return [Vote(*row) for row in rows if row[0] in known]
 
 
-def in_order(pairs: Sequence[Pair], annotator: str) -> list[Pair]:
-    """The pairs in this annotator's order."""
-    return sorted(pairs, key=lambda pair: _hash("order", annotator, pair.key))
+def in_order(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs in the order in which everybody votes on them."""
+    return sorted(pairs, key=lambda pair: _hash("order", pair.key))
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,9 @@ class Result:
     """What came out.
 
     Attributes:
-        wins: of the stage, a tie counting one half: the mean over the pairs that have votes, each the mean of its votes.
+        wins: of the stage, a tie counting one half: the mean over the pairs that have votes, each the mean of its votes, and as large a
+            part of those that are the same.
+        same: pairs whose answers are the same; nobody votes on them.
         by_annotator: the same of each one's votes, and how many there are.
         counts: votes for the stage, for the other, and ties.
         agreement: the share of pairs of votes on the same ballot that are equal; None without such pairs.
@@ -119,22 +127,31 @@ class Result:
     """
 
     wins: Estimate
+    same: int
     by_annotator: Mapping[str, tuple[float, int]]
     counts: Mapping[str, int]
     agreement: float | None
     alpha: float | None
 
 
-def count(votes: Sequence[Vote]) -> Result | None:
-    """The result of some votes; None of none."""
+def count(votes: Sequence[Vote], pairs: Sequence[Pair] = ()) -> Result | None:
+    """The result of some votes; None of none.
+
+    Args:
+        votes: on pairs that differ.
+        pairs: all that there are. Of those that are the same as large a part counts as has votes of the others.
+    """
     if not votes:
         return None
     values = by_prompt([vote.pair for vote in votes], [VALUES[vote.vote] for vote in votes])
+    same = sum(pair.same for pair in pairs)
+    ties = round(same * len(values) / (len(pairs) - same)) if same else 0
     names = dict.fromkeys(vote.annotator for vote in votes)
     each = {name: [VALUES[vote.vote] for vote in votes if vote.annotator == name] for name in names}
     ballots = [[vote.vote for vote in votes if vote.pair == pair] for pair in values]
     return Result(
-        wins=bootstrap(values.values()),
+        wins=bootstrap([*values.values(), *[VALUES["tie"]] * ties]),
+        same=same,
         by_annotator={name: (sum(own) / len(own), len(own)) for name, own in each.items()},
         counts={value: sum(vote.vote == value for vote in votes) for value in VALUES},
         agreement=_agreement(ballots),
