@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from gadjax.config import Config, dump_config, stage_of
-from gadjax.report.curves import MEANINGS
+from gadjax.report.curves import meaning
 
 FILE = "README.md"
 TERMS = """The student was trained on text of the teacher. Whoever offers the teacher may restrict what its text is used for, such as
@@ -52,7 +52,7 @@ def _metrics(run: Path, stage: str) -> str:
     for name, value in summary["stages"][stage].items():
         low, high = summary["intervals"].get(stage, {}).get(name, (None, None))
         interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-        lines.append(f"| {name} | {'–' if value is None else f'{value:.4g}'} | {interval} | {MEANINGS.get(name, '')} |")
+        lines.append(f"| {name} | {'–' if value is None else f'{value:.4g}'} | {interval} | {meaning(name)} |")
     return "\n".join([f"On {summary['prompts']} held-out prompts:", "", *lines])
 
 

@@ -5,24 +5,26 @@ intervals (Student's t), and differences from the baseline are taken within a se
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from gadjax.config import UNTOUCHED, load_config
 from gadjax.errors import UserError
+from gadjax.evaluation.seeds import over_seeds
 from gadjax.evaluation.statistics import Estimate
 from gadjax.evaluation.summary import COLUMNS, HELD_OUT, by_split, rows
 from gadjax.evaluation.table import print_tables
 from gadjax.files import finite, replace_file, to_csv, to_json
-from gadjax.metrics import Row, read
-from gadjax.report.charts import WIDTH, bar_chart, figure
-from gadjax.report.curves import overlaid_charts
+from gadjax.metrics import read
+from gadjax.report.charts import figure, mean_chart
+from gadjax.report.curves import meaning, overlaid_charts, unit, validation_charts
 from gadjax.terminal import console, say
 
 Summaries = Sequence[Mapping[str, Any]]
@@ -58,7 +60,7 @@ def study(config: Path, overrides: list[str], seeds: int, baseline: str | None, 
         done = subprocess.run([*RUN, str(config), *overrides, f"run.seed={seed}", f"run.name={folder.name}"], check=False)
         if done.returncode:
             sys.exit(done.returncode)  # it has said why
-    found = over_seeds([json.loads((folder / "summary.json").read_text()) for folder in folders], baseline)
+    found = pooled([json.loads((folder / "summary.json").read_text()) for folder in folders], baseline)
     out = settings.path.with_name(f"{settings.name}-study")
     replace_file(out / "study.json", to_json(found, indent=2))
     replace_file(out / "study.csv", to_csv((*COLUMNS, "seeds"), ([*row, seeds] for row in rows(found))))
@@ -72,16 +74,7 @@ def study(config: Path, overrides: list[str], seeds: int, baseline: str | None, 
     say(f"study: {out}")
 
 
-def interval(values: Sequence[float]) -> Estimate:
-    """The mean of the seeds' values with its 95 % interval by Student's t; without one (NaN) for one seed."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Estimate(mean, float("nan"), float("nan"))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return Estimate(mean, mean - half, mean + half)
-
-
-def over_seeds(summaries: Summaries, baseline: str | None = None) -> dict[str, Any]:
+def pooled(summaries: Summaries, baseline: str | None = None) -> dict[str, Any]:
     """The summaries of several seeds as one of the same form, test sets included; metrics that a seed lacks are left out.
 
     Args:
@@ -89,9 +82,10 @@ def over_seeds(summaries: Summaries, baseline: str | None = None) -> dict[str, A
         baseline: the stage from which differences are taken; by default that of the summaries.
     """
     splits = [by_split(summary) for summary in summaries]
-    pooled = {name: _pooled([each[name] for each in splits], baseline) for name in splits[0] if all(name in each for each in splits)}
-    found = pooled.pop(HELD_OUT)
-    return finite(found | ({"tests": pooled} if pooled else {}))
+    shared = [name for name in splits[0] if all(name in each for each in splits)]
+    found = {name: _pooled([each[name] for each in splits], baseline) for name in shared}
+    tests = {name: part for name, part in found.items() if name != HELD_OUT}
+    return finite(found[HELD_OUT] | ({"tests": tests} if tests else {}))
 
 
 def _pooled(summaries: Summaries, wanted: str | None) -> dict[str, Any]:
@@ -102,10 +96,10 @@ def _pooled(summaries: Summaries, wanted: str | None) -> dict[str, Any]:
         stage: {name: values for name in metrics if None not in (values := [each["stages"][stage].get(name) for each in summaries])}
         for stage, metrics in first["stages"].items()
     }
-    pooled = {stage: {name: interval(values) for name, values in metrics.items()} for stage, metrics in cells.items()}
+    means = {stage: {name: over_seeds(values) for name, values in metrics.items()} for stage, metrics in cells.items()}
     differences = {
         stage: {
-            name: vars(interval(np.subtract(values, cells[baseline][name]).tolist()))
+            name: vars(over_seeds(np.subtract(values, cells[baseline][name])))
             for name, values in metrics.items()
             if name in cells[baseline]
         }
@@ -113,8 +107,8 @@ def _pooled(summaries: Summaries, wanted: str | None) -> dict[str, Any]:
         if baseline in cells and stage not in (baseline, UNTOUCHED)
     }
     return {
-        "stages": {stage: {name: value.mean for name, value in metrics.items()} for stage, metrics in pooled.items()},
-        "intervals": {stage: {name: [value.low, value.high] for name, value in metrics.items()} for stage, metrics in pooled.items()},
+        "stages": {stage: {name: value.mean for name, value in metrics.items()} for stage, metrics in means.items()},
+        "intervals": {stage: {name: [value.low, value.high] for name, value in metrics.items()} for stage, metrics in means.items()},
         "differences": differences,
         "baseline": baseline,
         "prompts": first["prompts"],
@@ -124,34 +118,33 @@ def _pooled(summaries: Summaries, wanted: str | None) -> dict[str, Any]:
 
 
 def figures(found: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, str]:
-    """Each metric's means as bars, and the curves of every stage that samples, a line for each (means over the seeds)."""
+    """By their names: each metric's means as bars, and curves of training and of validation, a line for each stage with its band."""
+    seeds = found["seeds"]
+    bars, curves = (f"mean over {seeds} seeds with 95 % {kind}" if seeds > 1 else "one seed" for kind in ("interval", "band"))
     colours = {stage: number for number, stage in enumerate(found["stages"])}
     drawings = {}
-    for name in dict.fromkeys(name for metrics in found["stages"].values() for name in metrics):
-        values = {stage: [metrics[name]] for stage, metrics in found["stages"].items() if metrics.get(name) is not None}
-        spans = {stage: [(low, high)] for stage in values for low, high in [found["intervals"][stage][name]] if low is not None}
-        unit = "mean over seeds with 95 % interval" if spans else "mean over seeds"
-        chart = bar_chart(name, unit, [""], values, colours, spans)
-        drawings[f"means-{name}"] = figure(chart, 2 * WIDTH)
-    curves = {
-        stage: mean_rows([read(folder / "stages" / stage / "metrics.jsonl") for folder in folders])
-        for stage in colours
-        if stage != "student"
-    }
-    for chart in overlaid_charts(curves, colours):
-        drawings["curve-" + "".join(letter if letter.isalnum() else "-" for letter in chart.title.lower())] = figure(chart)
+    for split, part in by_split(found).items():
+        for name in dict.fromkeys(name for metrics in part["stages"].values() for name in metrics):
+            title = f"{name}: {meaning(name)}" if split == HELD_OUT else f"{split}, {name}: {meaning(name)}"
+            chart = mean_chart(title, unit(name), _means(part, name), colours)
+            drawings[_named("means", name if split == HELD_OUT else f"{split}-{name}")] = figure(chart, bars)
+    trained = [stage for stage in colours if stage != UNTOUCHED]
+    runs = {stage: [read(folder / "stages" / stage / "metrics.jsonl") for folder in folders] for stage in trained}
+    for chart in overlaid_charts(runs, colours):
+        drawings[_named("curve", chart.title)] = figure(chart, curves)
+    for chart in validation_charts(runs, colours):
+        told = replace(chart, title=f"{chart.title}: {chart.unit}", unit=unit(chart.title))
+        drawings[_named("validation", chart.title)] = figure(told, curves)
     return drawings
 
 
-def mean_rows(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """One stage's metrics step by step, averaged over runs; what a run lacks at a step is left out there."""
-    by_step = [{row["step"]: row for row in rows} for rows in runs]
-    steps = [step for step in by_step[0] if all(step in rows for rows in by_step)]
-    return [
-        {
-            name: float(np.mean([rows[step][name] for rows in by_step]))
-            for name in by_step[0][step]
-            if all(name in rows[step] for rows in by_step)
-        }
-        for step in steps
-    ]
+def _means(part: Mapping[str, Any], name: str) -> dict[str, Estimate]:
+    """Of the stages that have the metric."""
+    ends = {stage: metrics[name] for stage, metrics in part["intervals"].items() if part["stages"][stage].get(name) is not None}
+    return {
+        stage: Estimate(part["stages"][stage][name], *(math.nan if end is None else end for end in both)) for stage, both in ends.items()
+    }
+
+
+def _named(kind: str, title: str) -> str:
+    return f"{kind}-" + "".join(letter if letter.isalnum() or letter == "_" else "-" for letter in title.lower())

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from gadjax.errors import UserError
+from gadjax.evaluation.statistics import Estimate
 from gadjax.metrics import MetricsLog
-from gadjax.report.charts import Series, bar_chart, line_chart, number
-from gadjax.report.curves import PANELS, stage_charts
+from gadjax.report import charts
+from gadjax.report.charts import Series, bar_chart, line_chart, mean_chart, number
+from gadjax.report.curves import PANELS, stage_charts, validation_charts
 from gadjax.report.page import write_report
 from gadjax.train import _Page
 
@@ -118,12 +120,62 @@ def test_the_page_loads_nothing(run: Path):
 
 
 def test_a_style_that_is_used_twice_as_often_has_a_bar_twice_as_high():
-    chart = bar_chart("Styles", "share", ["song", "none"], {"teacher": [0.5, 0.25], "gad": [0.25, 0.0]}, {"teacher": 0, "gad": 9})
+    chart = bar_chart(
+        "Styles", "share", ["song", "none"], {"teacher": [0.5, 0.25], "gad": [0.25, 0.0]}, {"teacher": 0, "gad": charts.COLOURS + 1}
+    )
     bars = [(colour, float(height)) for colour, height in re.findall(r'<rect class="(k\d)".*?height="([\d.]+)"', chart.svg)]
     assert [colour for colour, _ in bars] == ["k0", "k1", "k0", "k1"]
     assert bars[0][1] == pytest.approx(2 * bars[1][1], abs=0.2)
     assert bars[1][1] == pytest.approx(bars[2][1], abs=0.2)
     assert bars[3][1] == 0
+
+
+def test_bars_of_means_grow_from_zero_and_whiskers_go_from_end_to_end():
+    means = {"seqkd": Estimate(-1.2, -1.5, -0.9), "gad": Estimate(0.6, 0.3, 0.9), "one-seed": Estimate(0.3, math.nan, math.nan)}
+    svg = mean_chart("referee_score", "logit", means, {name: number for number, name in enumerate(means)}).svg
+    bars = [tuple(map(float, found)) for found in re.findall(r'<rect class="k\d+".*? y="([\d.]+)".*?height="([\d.]+)"', svg)]
+    whiskers = [tuple(map(float, found)) for found in re.findall(r'class="whisker" d="\S+ ([\d.]+)H\S+ [\d.]+V([\d.]+)', svg)]
+    (zero,) = map(float, re.findall(r'<line class="axis".*?y1="([\d.]+)"', svg))
+    scale = bars[0][1] / 1.2  # of the first, which hangs down
+    assert bars[0][0] == zero and bars[0][1] > 80
+    for (top, height), value in zip(bars[1:], (0.6, 0.3), strict=True):
+        assert (top + height, height) == pytest.approx((zero, scale * value), abs=0.2)
+    for found, (low, high) in zip(whiskers, ((-1.5, -0.9), (0.3, 0.9)), strict=True):
+        assert found == pytest.approx((zero - scale * low, zero - scale * high), abs=0.2)
+    assert re.findall(r'text-anchor="middle">(.*?)<', svg) == [*means]
+
+
+def test_a_long_name_below_a_bar_is_broken():
+    names = [f"a-rather-long-name-{index}" for index in range(9)]
+    chart = mean_chart("t", "u", {name: Estimate(1, 1, 1) for name in names}, dict.fromkeys(names, 0))
+    assert re.findall(r'text-anchor="middle">(.*?)<', chart.svg)[:2] == ["a-rather-long-", "name-0"]
+    assert chart.height > bar_chart("t", "u", ["g"], {"a": [1.0]}, {"a": 0}).height
+
+
+def test_ten_stages_have_ten_colours():
+    style = (Path(charts.__file__).parent / "style.css").read_text()
+    assert len(set(charts.PRINTED)) == charts.COLOURS >= 10
+    assert all(style.count(f"--k{index}: ") == 2 and f"i.k{index} " in style for index in range(charts.COLOURS)), "light and dark"
+
+
+def test_a_line_of_several_runs_is_their_mean_with_a_band():
+    runs = [[{"step": step, "validation/loss": value + 0.1 * run} for step, value in enumerate((1.0, 3.0, 2.0))] for run in (-1, 0, 1)]
+    runs[0].append({"step": 3, "validation/loss": 9.0})  # a step that the others do not have
+    (mean,), (alone,) = (validation_charts({"gad": which}, {"gad": 1}) for which in (runs, runs[1:2]))
+    assert "band" not in alone.svg and mean.legend == alone.legend == (("gad", 1, "2"),)
+    (corners,) = re.findall(r'<polygon class="k1 band" points="(.*?)"', mean.svg)
+    edges = [float(point.split(",")[1]) for point in corners.split()]
+    ((*line,),) = path_of(mean.svg)
+    half = 4.3026527 * 0.1 / math.sqrt(3)  # Student's t with two degrees of freedom
+    scale = (line[0][1] - line[1][1]) / 2  # pixels of one
+    assert [low - y for low, (_, y) in zip(edges[:3], line, strict=True)] == pytest.approx([half * scale] * 3, abs=0.2)
+    assert [y - high for high, (_, y) in zip(edges[:2:-1], line, strict=True)] == pytest.approx([half * scale] * 3, abs=0.2)
+
+
+def test_of_a_wide_band_as_much_is_seen_as_the_lines_take():
+    wide = Series("a", [1, 2], [0.0, 1.0], 1, low=[-100.0, -100.0], high=[100.0, 100.0])
+    ys = [y for _, y in path_of(line_chart("t", "u", [wide]).svg)[0]]
+    assert ys[0] - ys[1] == pytest.approx((196 - 8) / 3.3, abs=0.2), "a third, with 5 % of room on either side"
 
 
 def test_styles_are_shares_of_the_samples(run: Path):

@@ -6,6 +6,7 @@ from typing import Any
 
 from gadjax.errors import UserError
 from gadjax.metrics import read
+from gadjax.report.charts import COLOURS
 from gadjax.report.curves import overlaid_charts, validation_charts
 from gadjax.report.page import read_summary, table_of, write_page
 
@@ -47,7 +48,7 @@ def settings(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[s
 
 def write_comparison(path: Path, runs: Mapping[str, Path], configs: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     """Writes the page: the table of `summary`, which `compare_runs` made, the settings in which the runs' `configs` differ, and curves."""
-    colours = {name: 1 + index % 7 for index, name in enumerate(runs)}
+    colours = {name: 1 + index % (COLOURS - 1) for index, name in enumerate(runs)}
     stages = dict.fromkeys(stage for config in configs.values() for stage in config.get("stages") or {})
     rows = {stage: _rows(runs, stage) for stage in stages}
     training = [{"name": stage, "steps": _steps(found), "charts": _charts(found, colours)} for stage, found in rows.items() if found]
@@ -62,7 +63,8 @@ def write_comparison(path: Path, runs: Mapping[str, Path], configs: Mapping[str,
 
 
 def _charts(found: Mapping[str, Sequence[Any]], colours: Mapping[str, int]) -> list[Any]:
-    return [*overlaid_charts(found, colours), *validation_charts(found, colours)]
+    runs = {name: [rows] for name, rows in found.items()}
+    return [*overlaid_charts(runs, colours), *validation_charts(runs, colours)]
 
 
 def _rows(runs: Mapping[str, Path], stage: str) -> dict[str, list[Any]]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from gadjax.evaluation.seeds import spread
 from gadjax.metrics import Row
-from gadjax.report.charts import Chart, Series, line_chart
+from gadjax.report.charts import SMOOTHED, Chart, Series, line_chart, running_mean
 
 
 @dataclass(frozen=True)
@@ -60,66 +62,96 @@ PANELS = (
     ),
 )
 
-# Metrics of the validation: what stands beside the name in tables and charts.
+
+class Meaning(NamedTuple):
+    """What a metric counts, and of what: one after the other they are a phrase."""
+
+    unit: str
+    what: str
+
+
 MEANINGS = {
-    "rouge_l": "F1 of the longest common subsequence with the teacher's text",
-    "overlap_1": "F1 of the words shared with the teacher's text",
-    "overlap_2": "F1 of the word pairs shared with it",
-    "overlap_3": "F1 of three words in a row",
-    "overlap_4": "F1 of four words in a row",
-    "distinct_2": "different word pairs over all word pairs",
-    "length_mean": "tokens per answer",
-    "discriminator_accuracy": "share of pairs, on held-out prompts",
-    "margin": "teacher's minus student's score, on held-out prompts",
-    "validity": "share of answers in one of the tutor's forms, T = 0.8",
-    "greedy_validity": "the same, greedy",
-    "correctness": "share of answers with the right items, T = 0.8",
-    "best_of_rouge_l": "rouge_l of the discriminator's choice among several samples",
-    "best_of_validity": "validity of the discriminator's choice",
-    "best_of_correctness": "correctness of the discriminator's choice",
-    "best_of_length_mean": "tokens of the discriminator's choice",
-    "judge_points": "100 · student / (student + the judge's own answer)",
-    "wins_teacher": "share of prompts on which the judge finds it better than the teacher's; a tie counts one half",
-    "reverse_kl": "from the tutor, nats per answer; uniform text scores low, too",
+    "rouge_l": Meaning("F1", "of the longest common subsequence with the teacher's text"),
+    "overlap_1": Meaning("F1", "of the words shared with the teacher's text"),
+    "overlap_2": Meaning("F1", "of the word pairs shared with it"),
+    "overlap_3": Meaning("F1", "of three words in a row"),
+    "overlap_4": Meaning("F1", "of four words in a row"),
+    "distinct_2": Meaning("share", "of different word pairs among all word pairs"),
+    "length_mean": Meaning("tokens", "per answer"),
+    "discriminator_accuracy": Meaning("share", "of pairs, on held-out prompts"),
+    "margin": Meaning("logit", "of the teacher's answer minus that of the student's, on held-out prompts"),
+    "validity": Meaning("share", "of answers in one of the tutor's forms, T = 0.8"),
+    "greedy_validity": Meaning("share", "of answers in one of the tutor's forms, greedy"),
+    "correctness": Meaning("share", "of answers with the right items, T = 0.8"),
+    "best_of_rouge_l": Meaning("F1", "as rouge_l, of the discriminator's choice among several samples"),
+    "best_of_validity": Meaning("share", "of valid answers among the discriminator's choices"),
+    "best_of_correctness": Meaning("share", "of correct answers among the discriminator's choices"),
+    "best_of_length_mean": Meaning("tokens", "of the discriminator's choice"),
+    "judge_points": Meaning("points", "of 100: student / (student + the judge's own answer)"),
+    "wins_teacher": Meaning("share", "of prompts on which the judge finds it better than the teacher's; a tie counts one half"),
+    "referee_wins": Meaning("share", "of prompts on which another run's discriminator prefers it to the teacher's; a tie counts one half"),
+    "referee_score": Meaning("logit", "of another run's discriminator"),
+    "reverse_kl": Meaning("nats", "per answer, from the tutor; uniform text scores low, too"),
+    "loss": Meaning("nats", "per token of the teacher's answers"),
 }
+
+
+def meaning(name: str) -> str:
+    """What stands beside a metric's name in tables and charts; nothing for an unknown one."""
+    return " ".join(MEANINGS.get(name, ""))
+
+
+def unit(name: str) -> str:
+    """What stands along a metric's axis."""
+    return MEANINGS[name].unit if name in MEANINGS else "share" * name.startswith("wins_")
+
+
+Runs = Sequence[Sequence[Row]]  # the metrics of one stage in one run, or in a run of each seed
 
 
 def stage_charts(rows: Sequence[Row]) -> list[Chart]:
     """The charts of one stage's training, those that it has metrics for."""
     charts = []
     for panel in PANELS:
-        lines = [_series(label, rows, name, colour) for colour, (name, label) in enumerate(panel.lines.items(), 1)]
+        lines = [_series(label, [rows], name, colour) for colour, (name, label) in enumerate(panel.lines.items(), 1)]
         lines = [line for line in lines if line.x]
         if lines:
             charts.append(line_chart(panel.title, panel.unit, lines, panel.from_zero))
     return charts
 
 
-def overlaid_charts(runs: Mapping[str, Sequence[Row]], colours: Mapping[str, int]) -> list[Chart]:
-    """The charts of one stage in several runs: one per metric, with a line for each run that has it."""
+def overlaid_charts(stages: Mapping[str, Runs], colours: Mapping[str, int]) -> list[Chart]:
+    """The charts of several stages, or of one stage in several runs: one per metric, with a line for each that has it."""
     charts = []
     for panel in PANELS:
         for name, label in panel.lines.items():
-            lines = [_series(run, rows, name, colours[run]) for run, rows in runs.items()]
+            lines = [_series(stage, runs, name, colours[stage]) for stage, runs in stages.items()]
             if lines := [line for line in lines if line.x]:
                 title = panel.title if len(panel.lines) == 1 else f"{panel.title}: {label}"
                 charts.append(line_chart(title, panel.unit, lines, panel.from_zero))
     return charts
 
 
-def validation_charts(stages: Mapping[str, Sequence[Row]], colours: Mapping[str, int]) -> list[Chart]:
+def validation_charts(stages: Mapping[str, Runs], colours: Mapping[str, int]) -> list[Chart]:
     """One chart per metric of the validation, with a line for each stage."""
-    found = {name for rows in stages.values() for row in rows for name in row if name.startswith("validation/")}
-    names = [name for name in MEANINGS if f"validation/{name}" in found]
-    names += sorted(found - {f"validation/{name}" for name in names})
+    found = {name for runs in stages.values() for rows in runs for row in rows for name in row if name.startswith("validation/")}
+    names = [key for name in MEANINGS if (key := f"validation/{name}") in found]
     charts = []
-    for name in names:
-        key = name if name in found else f"validation/{name}"
-        lines = [_series(stage, rows, key, colours[stage]) for stage, rows in stages.items()]
-        charts.append(line_chart(key.removeprefix("validation/"), MEANINGS.get(name, ""), [line for line in lines if line.x]))
+    for key in [*names, *sorted(found.difference(names))]:
+        name = key.removeprefix("validation/")
+        lines = [_series(stage, runs, key, colours[stage]) for stage, runs in stages.items()]
+        charts.append(line_chart(name, meaning(name), [line for line in lines if line.x]))
     return charts
 
 
-def _series(label: str, rows: Sequence[Row], name: str, colour: int) -> Series:
-    points = [(row["step"], row[name]) for row in rows if name in row]
-    return Series(label, [x for x, _ in points], [y for _, y in points], colour)
+def _series(label: str, runs: Runs, name: str, colour: int) -> Series:
+    """The line of a metric. Of several runs it is their mean at the steps that all have, with its 95 % band; of many steps each run's
+    running mean is taken, so that the band is that of the lines which an eye follows.
+    """
+    points = [{row["step"]: row[name] for row in rows if name in row} for rows in runs]
+    x = [step for step in points[0] if all(step in each for each in points)]
+    lines = [[each[step] for step in x] for each in points]
+    if len(lines) == 1:
+        return Series(label, x, lines[0], colour)
+    mean, half = spread([running_mean(line) for line in lines] if len(x) >= SMOOTHED else lines)
+    return Series(label, x, mean.tolist(), colour, (mean - half).tolist(), (mean + half).tolist())

@@ -13,7 +13,7 @@ from gadjax.health import episodes
 from gadjax.metrics import Row, read
 from gadjax.report.answers import Answers, evolution, examples, read_answers, styles
 from gadjax.report.charts import COLOURS
-from gadjax.report.curves import MEANINGS, stage_charts, validation_charts
+from gadjax.report.curves import MEANINGS, meaning, stage_charts, validation_charts
 from gadjax.report.templates import STYLE, TEMPLATES
 from gadjax.report.timeline import duration, where_the_time_went
 
@@ -57,7 +57,7 @@ def write_report(run: Path, stages: Sequence[str], under_way: str | None = None)
         evolution=evolution(run, {stage: [int(row["step"]) for row in found] for stage, found in rows.items()}, colours),
         examples=examples(answers, colours),
         prompts=_prompts(answers),
-        validation=validation_charts(rows, colours),
+        validation=validation_charts({stage: [found] for stage, found in rows.items()}, colours),
         training=[stage for stage in training if stage["charts"]],
     )
     return path
@@ -116,7 +116,7 @@ def table_of(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
     largest = max(abs(metrics.get(name) or 0) for metrics in summary["stages"].values())
     places = 3 if largest < 10 else 2 if largest < 100 else 1
-    return {"name": name, "meaning": MEANINGS.get(name, ""), "cells": [_cell(summary, stage, name, places) for stage in summary["stages"]]}
+    return {"name": name, "meaning": meaning(name), "cells": [_cell(summary, stage, name, places) for stage in summary["stages"]]}
 
 
 def _cell(summary: Mapping[str, Any], stage: str, name: str, places: int) -> dict[str, Any]:
