@@ -2,8 +2,8 @@
 
 What a command needs is loaded when it is used, so that `gadjax --help` answers at once and nothing starts jax before it must.
 
-Exit status: 0 done; 2 a mistake of the user, told in one line; 130 interrupted by Ctrl-C, 143 by SIGTERM; 1 a fault of ours, with its
-traceback.
+Exit status: 0 done; 2 a mistake of the user, told in one line; 130 interrupted by Ctrl-C, 143 by SIGTERM; 1 what may pass, told in one
+line, or a fault of ours, with its traceback.
 """
 
 import errno
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gadjax.errors import UserError
+from gadjax.errors import Passing, UserError
 from gadjax.foreign import harmless
 from gadjax.stopping import ends_in_time
 
@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
         with ends_in_time():
             status = app(arguments, prog_name="gadjax", standalone_mode=False) or 0
     except UserError as mistake:
-        status = _fail(str(mistake))
+        status = _fail(str(mistake), 1 if isinstance(mistake, Passing) else 2)
     except (OSError, sqlite3.OperationalError) as error:
         if not no_room(error):
             raise
@@ -389,6 +389,6 @@ def no_room(error: OSError | sqlite3.Error) -> bool:
     return error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(f"gadjax: {harmless(message)}", file=sys.stderr)
-    return 2
+    return status

@@ -1,7 +1,8 @@
-"""The two ways in which gadjax stops: the user's mistake, and everything else.
+"""The ways in which gadjax stops: the user's mistake, what may pass by itself, and everything else.
 
 A `UserError` is told in one line that names the field or file and the mend, without a traceback, and ends the
-process with status 2. Any other exception is a fault of ours: traceback, status 1.
+process with status 2; one that may pass, a `Passing`, with status 1: whoever started the process may start it again.
+Any other exception is a fault of ours: traceback, status 1.
 """
 
 
@@ -20,3 +21,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())  # always one line
+
+
+class Passing(UserError):
+    """What may be over when the same command is started again: somebody else's server does not answer."""

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax.numpy as jnp
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from gadjax.config import Config
 from gadjax.data.cleaning import clean
 from gadjax.data.snapshot import Example, Snapshot, freeze
 from gadjax.errors import UserError
+from gadjax.hub import fetched
 from gadjax.models.checkpoint import TOKENIZER_FILES, open_weights
 from gadjax.models.decoder import language_model
 from gadjax.models.fresh import fresh_dims, write_fresh
@@ -168,11 +167,8 @@ def given_student(path: str) -> Path:
     """A student that exists already: a folder, or a model of the hub, which is fetched."""
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
-    try:
-        return Path(snapshot_download(path, allow_patterns=WEIGHTS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        what = "is neither a folder nor a model that the hub gives"
-        raise UserError("student.path", f"{path} {what} ({type(error).__name__})", "name a Hugging Face folder or hub model") from error
+    what = f"{path} is neither a folder nor a model that the hub gives"
+    return fetched(path, "student.path", what, "name a Hugging Face folder or hub model", WEIGHTS)
 
 
 def _examples(text: Text, config: Config, prompts: dict[str, Prompt], found: Sequence[Answer], fitting: _Fitting) -> Iterator[Example]:

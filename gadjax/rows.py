@@ -12,11 +12,10 @@ from typing import Any, TextIO
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from gadjax.errors import UserError
 from gadjax.foreign import read_whole
+from gadjax.hub import fetched
 
 JSON = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 KINDS = (*JSON, ".parquet")
@@ -58,11 +57,8 @@ def read_rows(source: str, where: str) -> Iterator[tuple[str, Row]]:
 
 def _fetched(name: str, where: str) -> Path:
     """A data set of the hub, its files of known kinds only: no code of it is fetched, let alone run."""
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=[f"*{kind}" for kind in (*KINDS, ARRAY)]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        what = f"{name} is neither a file nor a folder nor a data set that the hub gives ({type(error).__name__})"
-        raise UserError(where, what, "correct the name") from error
+    what = f"{name} is neither a file nor a folder nor a data set that the hub gives"
+    return fetched(name, where, what, "correct the name", [f"*{kind}" for kind in (*KINDS, ARRAY)], "dataset")
 
 
 def _folder_rows(folder: Path, split: str | None, where: str) -> Iterator[tuple[str, Row]]:

@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 from pydantic import Field, field_validator
 
-from gadjax.errors import UserError
+from gadjax.errors import Passing, UserError
 from gadjax.section import Section
 from gadjax.terminal import console
 
@@ -219,6 +219,7 @@ DEAD_AFTER = 60  # seconds without a sign of life from a process, after which th
 LEAVE_WITHIN = 30  # seconds between the ends of the first process and the last, after which something is wrong
 PATIENCE = 7 * 24 * 3600  # seconds that the others wait for process 0, which may be asking the teacher
 
+DONE, REFUSED, FAILED = range(3)  # how process 0 has ended what the others wait for
 Result = TypeVar("Result")
 _numbers = itertools.count()  # of barriers; every process counts the same ones
 
@@ -264,20 +265,23 @@ def by_first(work: Callable[[], Result]) -> Result | None:
     """What `work` returns on process 0, which does it while the others wait; None there. It fails for all if it fails.
 
     Raises:
-        UserError: on the other processes, where process 0 has failed.
+        UserError: on the other processes, where process 0 has met one; a `Passing` where it has failed otherwise.
     """
     if not jax.distributed.is_initialized():
         return work()
-    result, failed = None, True
+    result, ended = None, FAILED
     try:
         if is_first():
             result = work()
-        failed = False
+        ended = DONE
+    except UserError as error:
+        ended = FAILED if isinstance(error, Passing) else REFUSED
+        raise
     finally:
         wait_for_all()
-        failed = bool(agreed(failed))
-    if failed:
-        raise UserError("process 0", "has failed", "see what it says")
+        ended = agreed(ended)
+    if ended != DONE:
+        raise (UserError if ended == REFUSED else Passing)("process 0", "has failed", "see what it says")
     return result
 
 

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gadjax import cli, rows
+from gadjax import cli, hub
 from gadjax.collecting import collect_answers, import_answers
 from gadjax.data.snapshot import Snapshot
 from gadjax.prepare import prepare_data
@@ -239,7 +239,7 @@ def test_a_data_set_of_the_hub_is_fetched_without_its_code(told: Callable[..., A
         pyarrow.parquet.write_table(table(PUBLISHED[:3]), folder / "data/test-00000-of-00001.parquet")
         return str(folder)
 
-    monkeypatch.setattr(rows, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
     Path("mine.yaml").write_text(CONFIG % "null")
     assert told("import", "some/LMSYS-Chat-GPT-5-Chat-Response", "--into", "mine.yaml")["new"] == 30
     kinds = ["*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet", "*.json"]

@@ -393,7 +393,7 @@ def test_a_worker_is_set_up(desk: Desk, tmp_path: Path):
         ["python3", "-m", "pip", "install", "--quiet", "--user", "uv"],
         ["python3", "-m", "site", "--user-base"],
         ["uv", "venv", "--quiet", "--python", "3.11", ".venv"],
-        ["uv", "pip", "install", "--quiet", "--python", ".venv/bin/python", "-c", "constraints.txt", ".[tpu]"],
+        ["uv", "pip", "install", "--quiet", "--python", ".venv/bin/python", "-c", "constraints.txt", ".[tpu,languages]"],
         ["sudo", "tee", "/etc/systemd/system/gadjax.service"],
         ["sudo", "systemctl", "daemon-reload"],
         ["sudo", "systemctl", "enable", "--quiet", "gadjax"],
@@ -420,7 +420,17 @@ def test_what_cannot_be_packed_is_told_before_anything_costs(desk: Desk):
         ("prompts: {validation: ../repo/p.jsonl}", "prompts.validation: "),
         ("student: {path: tpu}", "student.path: "),
         ("stages: {gad: {algorithm: gad, from: runs/other/warmup}}", "stages.gad.from: "),
-        ("{prompts: {train: p.jsonl}, student: {path: runs/my-run/weights}}", ""),
+        ("prompts: {tests: {mine: 'FOLDER/set:dev'}}", "prompts.tests.mine: "),
+        ("prompts: {train: .}", "prompts.train: "),
+        ("teacher: {backend: file, path: FOLDER/p.jsonl}", "teacher.path: "),
+        ("teachers: {second: {backend: file, path: ../repo/p.jsonl}}", "teachers.second.path: "),
+        ("stages: {gad: {algorithm: gad, from: student, discriminator: {from: runs/other/gad}}}", "stages.gad.discriminator.from: "),
+        ("evaluation: {referee: runs/other/gad}", "evaluation.referee: "),
+        ("run: {wandb: mine}", "run.wandb: its key"),
+        (
+            "{rollout: {backend: remote, remote: {url: 'http://127.0.0.1:8000', weights: w}}, stages: {s: {algorithm: seqkd}}}",
+            "rollout.remote: ",
+        ),
     ],
 )
 def test_what_would_not_be_on_the_tpu_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch, config: str, told: str):
@@ -429,9 +439,35 @@ def test_what_would_not_be_on_the_tpu_is_told(desk: Desk, monkeypatch: pytest.Mo
     (folder / "weights").mkdir(parents=True)
     (folder / "config.yaml").write_text(config.replace("FOLDER", str(desk.repo)))
     Path("p.jsonl").touch()
-    inputs = runpy.run_path("tpu/pack.py")["inputs"]
-    if told:
-        with pytest.raises(UserError, match=re.escape(told) + ".* would not be there on a TPU"):
-            inputs(Run.at(folder))
-    else:
-        assert inputs(Run.at(folder)) == [Path("p.jsonl")]
+    Path("set").mkdir()
+    with pytest.raises(UserError, match=re.escape(told) + ".* would not be there on a TPU"):
+        runpy.run_path("tpu/pack.py")["inputs"](Run.at(folder))
+
+
+PACKED = """
+run: {name: my-run}
+prompts: {train: p.jsonl, validation: runs/my-run/held.jsonl, tests: {mine: "set:dev", known: vicuna, theirs: some/set}}
+teacher: {backend: file, path: linked.jsonl}
+teachers: {second: {backend: file, path: set, model: second}}
+student: {path: runs/my-run/weights}
+stages: {gad: {algorithm: gad, from: runs/my-run/start, discriminator: {from: student}}}
+"""
+
+
+def test_all_files_and_folders_that_the_config_reads_are_packed(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(desk.repo)
+    folder, outside = Path("runs/my-run"), desk.stub / "outside.jsonl"
+    (folder / "weights").mkdir(parents=True)
+    for path in (Path("p.jsonl"), folder / "held.jsonl", Path("set/dev-0.jsonl"), Path("set/.env"), outside):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("text")
+    Path("linked.jsonl").symlink_to(outside)
+    (folder / "config.yaml").write_text(PACKED)
+    desk.commit()
+    runpy.run_path("tpu/pack.py")["pack"](Run.at(folder), Path("code.tar"))
+    with tarfile.open("code.tar") as tar:
+        members = {member.name: member for member in tar.getmembers()}  # of two with one name the last counts
+        assert members["linked.jsonl"].isreg() and members["linked.jsonl"].size == 4
+        assert {"run.yaml", "p.jsonl", "set/dev-0.jsonl"} <= members.keys()
+        added = tar.getnames()[tar.getnames().index("run.yaml") :]
+    assert added == ["run.yaml", "p.jsonl", "set", "set/dev-0.jsonl", "linked.jsonl"]

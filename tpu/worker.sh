@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 python3 -m pip install --quiet --user uv
 uv=$(python3 -m site --user-base)/bin/uv
 "$uv" venv --quiet --python 3.11 .venv
-"$uv" pip install --quiet --python .venv/bin/python -c constraints.txt '.[tpu]'
+"$uv" pip install --quiet --python .venv/bin/python -c constraints.txt '.[tpu,languages]'
 
 # `state` is what watch.sh reads: "running", or how the run ended. A mistake of the user (2) is not tried again; how often
 # all else may be, watch.sh decides, for it knows whether anything came of it.
