@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from gadjax.algorithms.stage import Guidance, SamplingStageConfig
+from gadjax.chips import GIB, chip_of
 from gadjax.config import Config, load_config
 from gadjax.data.packing import pack
 from gadjax.errors import UserError
@@ -188,14 +189,22 @@ class Bench:
         return 2.0 * d.layers * layer * tokens + 2.0 * d.vocabulary * d.width * projected
 
     def told(self, seconds: float, useful: int, flops: float) -> dict[str, float]:
-        """What is reported of a part."""
-        return {
+        """What is reported of a part. `mfu`, where the chip is known, is the share of its bfloat16 peak that needed FLOPs take. Peaks are
+        the process's so far: of a part alone where it is measured alone.
+        """
+        device = jax.devices()[0]
+        told = {
             "seconds": seconds,
             "useful_tokens": useful,
             "useful_tokens_per_second": useful / seconds,
             "needed_gflops_per_second": flops / seconds / 1e9,
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
+        if chip := chip_of(device):
+            told["mfu"] = flops / seconds / jax.device_count() / chip.flops
+        if peak := (device.memory_stats() or {}).get("peak_bytes_in_use"):
+            told["device_peak_gib"] = peak / GIB
+        return told
 
 
 def _drawn(models: Models, network: Network, wanted: Params) -> Params:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gadjax.algorithms.stage import SamplingStageConfig
+from gadjax.chips import GIB
 from gadjax.config import Config, load_config
 from gadjax.errors import UserError
 from gadjax.files import to_json
@@ -24,7 +25,7 @@ from gadjax.planning.programs import Traced, bytes_on_chip
 from gadjax.planning.schedule import EFFICIENCY, WRITTEN, seconds_of, stages_of, teacher_of, told
 from gadjax.planning.student import dims_of
 from gadjax.planning.suggest import suggest
-from gadjax.planning.topology import GIB, LOCAL, Topology, topology_of
+from gadjax.planning.topology import LOCAL, Topology, topology_of
 from gadjax.planning.workload import Workload
 from gadjax.steps import Models, Programs
 from gadjax.terminal import PLAIN_WIDTH, say

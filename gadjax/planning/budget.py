@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+from gadjax.chips import GIB
 from gadjax.config import Config
 from gadjax.models.row_attention import QUERIES
 from gadjax.planning.programs import Traced, bytes_on_chip
-from gadjax.planning.topology import GIB, Topology
+from gadjax.planning.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gadjax.chips import GIB
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.hlo import moved
 from gadjax.planning.programs import Step, bytes_on_chip
-from gadjax.planning.topology import GIB, LOCAL, Topology
+from gadjax.planning.topology import LOCAL, Topology
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from gadjax.chips import GIB
 from gadjax.config import Config
 from gadjax.data.packing import RowShape
 from gadjax.errors import UserError
@@ -11,7 +12,7 @@ from gadjax.planning.budget import budget_of
 from gadjax.planning.compiled import measure
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.programs import Traced
-from gadjax.planning.topology import GIB, Topology
+from gadjax.planning.topology import Topology
 from gadjax.sharding import MeshConfig
 
 TENSORS = (1, 2, 4, 8)
