@@ -72,4 +72,4 @@ def _local() -> Chip:
         return known
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     memory = float(limit) if limit else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
-    return Chip(memory=memory, flops=1e11, bandwidth=2e10, links=1e10)
+    return Chip(devices[0].device_kind, memory=memory, flops=1e11, bandwidth=2e10, links=1e10)
