@@ -5,7 +5,7 @@
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,22 +25,29 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 USUAL = "train"  # the split that is read where there are several and none is named
 
+BATCH = 64  # rows of a table that are unpacked at a time
 MAX_LINE = 16 * 2**20  # characters: a text is read no further, whatever a small file unpacks to
 
 Row = dict[str, Any]
 
 
-def read_rows(source: str, where: str) -> Iterator[tuple[str, Row]]:
+def read_rows(source: str, where: str, file: str | None = None) -> Iterator[tuple[str, Row]]:
     """Yields the place of each row (`data.jsonl, line 3`), and the row.
 
     Args:
         source: a file of one of KINDS; or a folder of such files, or one that `save_to_disk` of `datasets` wrote, or a data set's
             name on the hub, each with an optional `:split`. Without one, `train` is read, or all where there is no `train`.
         where: the config field that names it.
+        file: of a data set on the hub this one alone is fetched and read.
 
     Raises:
         UserError: the file is absent, of another kind, or broken; names the line.
     """
+    if file is not None:
+        found = _fetched(source, where, [file]) / file
+        if not found.is_file():
+            raise UserError(where, f"{source} has no file {file} any more", "name a file of your own")
+        return _file_rows(str(found))
     if source.endswith((*KINDS, ARRAY)):
         if Path(source).is_dir():
             return _folder_rows(Path(source), None, where)
@@ -52,13 +59,13 @@ def read_rows(source: str, where: str) -> Iterator[tuple[str, Row]]:
         return _folder_rows(Path(name).expanduser(), split or None, where)
     if Path(name).exists() or not HUB_NAME.fullmatch(name):
         raise UserError(where, f"{source} is none of {', '.join(KINDS)}", "name a file of one of these kinds, a folder or a data set")
-    return _folder_rows(_fetched(name, where), split or None, where)
+    return _folder_rows(_fetched(name, where, [f"*{kind}" for kind in (*KINDS, ARRAY)]), split or None, where)
 
 
-def _fetched(name: str, where: str) -> Path:
+def _fetched(name: str, where: str, files: list[str]) -> Path:
     """A data set of the hub, its files of known kinds only: no code of it is fetched, let alone run."""
     what = f"{name} is neither a file nor a folder nor a data set that the hub gives"
-    return fetched(name, where, what, "correct the name", [f"*{kind}" for kind in (*KINDS, ARRAY)], "dataset")
+    return fetched(name, where, what, "correct the name", files, "dataset")
 
 
 def _folder_rows(folder: Path, split: str | None, where: str) -> Iterator[tuple[str, Row]]:
@@ -135,24 +142,52 @@ def _json_row(line: str, place: str) -> Row:
     return row
 
 
-def _table_rows(path: str, batches: Callable[[str], Iterator[Sequence[Row]]]) -> Iterator[tuple[str, Row]]:
+def _table_rows(path: str, batches: Callable[[str], Iterator[pyarrow.RecordBatch]]) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         for batch in batches(path):
-            for row in batch:
-                number += 1
-                yield f"{path}, row {number}", row
+            for start in range(0, batch.num_rows, BATCH):
+                for row in _plain_rows(batch.slice(start, BATCH), path, number):
+                    number += 1
+                    yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(path, f"cannot be read after row {number} ({error})", "check that the file is whole") from error
 
 
-def _parquet_batches(path: str) -> Iterator[Sequence[Row]]:
+def _plain_rows(batch: pyarrow.RecordBatch, path: str, before: int) -> Iterator[Row]:
+    """The rows of a batch, as long as none holds more than a line of text may: a small file unpacks to anything."""
+    coded = [index for index, column in enumerate(batch.schema) if pyarrow.types.is_dictionary(column.type)]
+    for index, column in enumerate(batch.schema):
+        if _shares(column.type.value_type if index in coded else column.type):
+            raise UserError(path, f"its column {column.name} is a {str(column.type)[:60]}", "write it as plain texts, or as .jsonl")
+    if not coded and batch.nbytes <= MAX_LINE:
+        yield from batch.to_pylist()
+        return
+    for number in range(batch.num_rows):
+        row = batch.slice(number, 1)
+        for index in coded:
+            row = row.set_column(index, batch.schema.field(index).name, row.column(index).dictionary_decode())
+        if row.nbytes > MAX_LINE:
+            raise UserError(f"{path}, row {before + number + 1}", f"has more than {MAX_LINE} bytes", "leave it out")
+        yield row.to_pylist()[0]
+
+
+def _shares(kind: pyarrow.DataType) -> bool:
+    """Whether its values may share their bytes, which then do not bound what they unpack to."""
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _shares(kind.storage_type)
+    types = pyarrow.types
+    shared = types.is_dictionary, types.is_run_end_encoded, types.is_string_view, types.is_binary_view, types.is_list_view
+    if any(each(kind) for each in (*shared, types.is_large_list_view)):
+        return True
+    return any(_shares(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _parquet_batches(path: str) -> Iterator[pyarrow.RecordBatch]:
     with pyarrow.parquet.ParquetFile(path) as table:
-        for batch in table.iter_batches(1024):
-            yield batch.to_pylist()
+        yield from table.iter_batches(BATCH)
 
 
-def _arrow_batches(path: str) -> Iterator[Sequence[Row]]:
+def _arrow_batches(path: str) -> Iterator[pyarrow.RecordBatch]:
     with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as stream:
-        for batch in stream:
-            yield batch.to_pylist()
+        yield from stream

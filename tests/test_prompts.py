@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,58 @@ def test_a_file_of_answers_gives_its_prompts_once(tmp_path: Path) -> None:
     assert len(validation) == 1
 
 
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, columns: dict[str, pyarrow.Array]) -> str:
+    """As .parquet, or as `save_to_disk` of `datasets` writes it; the folder or the file."""
+    made = pyarrow.table(columns)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(made, path)
+        return str(path)
+    path.parent.mkdir()
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, made.schema) as stream:
+        stream.write_table(made)
+    return str(path.parent)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "saved/data-0.arrow"])
+def test_a_row_of_a_table_unpacks_to_no_more_than_a_line(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    """One long text, or many of them; a column of repeated texts is read as what it says."""
+    monkeypatch.setattr("gadjax.rows.MAX_LINE", 1000)
+    texts = [f"question {number}" for number in range(200)]
+    kinds = pyarrow.array(["a" * 90, "b"] * 100).dictionary_encode()
+    source = write_table(tmp_path / name, {"prompt": pyarrow.array(texts), "kind": kinds, "tags": pyarrow.array([[]] * 200)})
+    assert [(row["prompt"], row["kind"]) for _, row in read_rows(source, "x")] == [*zip(texts, ["a" * 90, "b"] * 100, strict=True)]
+    long = [{"prompt": pyarrow.array([*texts[:150], "x" * 1001, *texts[151:]])}]
+    long += [{"prompt": pyarrow.array(texts), "notes": pyarrow.array([*[["y"]] * 150, ["y" * 500] * 3, *[["y"]] * 49])}]
+    long += [{"prompt": pyarrow.array(texts), "kind": pyarrow.array([*texts[:150], "x" * 1001, *texts[151:]]).dictionary_encode()}]
+    for number, columns in enumerate(long):
+        (tmp_path / f"{number}").mkdir()
+        read = read_rows(write_table(tmp_path / f"{number}" / name, columns), "x")
+        with pytest.raises(UserError, match=rf"{Path(name).name}, row 151: has more than 1000 bytes"):
+            list(read)
+
+
+def test_a_text_that_rows_have_in_common_is_unpacked_for_one_at_a_time(tmp_path: Path):
+    shared = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, pyarrow.int32()), pyarrow.array(["x" * 2**20]))
+    source = write_table(tmp_path / "saved/data-0.arrow", {"prompt": shared})
+    tracemalloc.start()
+    try:
+        assert sum(len(row["prompt"]) for _, row in read_rows(source, "x")) == 64 * 2**20
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_table_whose_rows_share_texts_without_end_is_refused(tmp_path: Path):
+    """A list of a million times one text of a dictionary is a file of nothing."""
+    shared = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100, pyarrow.int32()), pyarrow.array(["x" * 99]))
+    source = write_table(tmp_path / "saved/data-0.arrow", {"prompt": pyarrow.ListArray.from_arrays([0, 100], shared)})
+    with pytest.raises(UserError, match=r"data-0.arrow: its column prompt is a list<item: dictionary<.*; write it as plain texts"):
+        list(read_rows(source, "x"))
+
+
 # --- test sets -------------------------------------------------------------------------------------------------------
 
 
@@ -180,24 +233,32 @@ def test_known_sets_are_read_from_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "alpaca_eval.json").write_text(json.dumps(alpaca))
     dolly = [{"instruction": f"task {n}", "context": "" if n % 2 else "about this", "response": "x"} for n in range(600)]
     rows(tmp_path / "databricks-dolly-15k.jsonl", *dolly)
-    asked = list[str]()
+    (tmp_path / "alpaca_eval_annotations.json").write_text("annotations")
+    for split in ("train", "test"):
+        rows(tmp_path / f"LMSYS-Chat-GPT-5-Chat-Response-{split}.jsonl", {"content": f"to {split}", "teacher_response": "x"})
+    asked = list[tuple[str, list[str]]]()
 
-    def fetched(name: str, where: str) -> Path:
-        asked.append(name)
+    def fetched(name: str, *, repo_type: str, allow_patterns: list[str]) -> Path:
+        assert repo_type == "dataset"
+        asked.append((name, allow_patterns))
         folder = tmp_path / name.partition("/")[2]
         folder.mkdir(exist_ok=True)
         for file in tmp_path.glob(f"{folder.name}*.json*"):
-            shutil.copy(file, folder)
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, folder)
         return folder
 
-    monkeypatch.setattr("gadjax.rows._fetched", fetched)
-    found = load_tests(PromptsConfig(tests={name: name for name in ("vicuna", "selfinst", "dolly")}))
+    monkeypatch.setattr("gadjax.hub.snapshot_download", fetched)
+    found = load_tests(PromptsConfig(tests={name: name for name in ("vicuna", "selfinst", "dolly", "lmsys")}))
+    assert [prompt.text for prompt in found["lmsys"]] == ["to test"]
     assert [prompt.text for prompt in found["vicuna"]] == ["vicuna 0", "vicuna 1", "vicuna 2"]
     assert [prompt.text for prompt in found["selfinst"]] == ["selfinstruct 0", "selfinstruct 1", "selfinstruct 2"]
     assert len(found["dolly"]) == 500
     assert found["dolly"] == load_tests(PromptsConfig(tests={"dolly": "dolly"}))["dolly"]
     assert {text.endswith("\n\nabout this") for text in (prompt.text for prompt in found["dolly"])} == {True, False}
-    assert asked[:3] == ["tatsu-lab/alpaca_eval", "tatsu-lab/alpaca_eval", "databricks/databricks-dolly-15k"]
+    sets, files = zip(*asked[:4], strict=True)
+    assert sets == (*["tatsu-lab/alpaca_eval"] * 2, "databricks/databricks-dolly-15k", "ytz20/LMSYS-Chat-GPT-5-Chat-Response")
+    assert files[:2] == (["alpaca_eval.json"], ["alpaca_eval.json"])  # of seven, with answers and annotations
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "a/b", "", "..", "a-b"])

@@ -1,5 +1,6 @@
 """Rollouts by another engine, before a loopback server that answers as vLLM does."""
 
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ class Fake:
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.change: Callable[[dict[str, Any]], Any] = lambda choice: {"choices": [choice]}
-        self.status = 200
+        self.status, self.packed = 200, False
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
         self.asked.append((path, body))
@@ -54,6 +55,9 @@ def listening(fake: Fake) -> Iterator[str]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
             told = json.dumps(fake.answer(self.path, body)).encode()
             self.send_response(fake.status)
+            if fake.packed:
+                told = gzip.compress(told)
+                self.send_header("Content-Encoding", "gzip")
             self.send_header("Content-Length", str(len(told)))
             self.send_header("Content-Type", "application/json")
             self.end_headers()
@@ -151,6 +155,20 @@ def test_what_a_server_says_wrong_is_told_in_one_line(fake, fault):
     server, remote = fake
     server.change = faults()[fault]
     with pytest.raises(UserError, match=r"^rollout\.remote\.url: [^\n]+; [^\n]+$"):
+        sampled(remote)
+
+
+def test_a_reply_is_read_up_to_its_cap_and_is_not_unpacked(fake, monkeypatch):
+    server, remote = fake
+    read, whole = list[int](), remote._client.post
+    monkeypatch.setattr(remote._client, "post", lambda *a, **k: (reply := whole(*a, **k), read.append(len(reply.content)))[0])
+    server.change = lambda choice: {"choices": [choice], "more": "x" * 2**22}
+    with pytest.raises(UserError, match=r"^rollout\.remote\.url: a reply of http://127\.0\.0\.1:\d+ has more than 1052672 bytes; "):
+        sampled(remote)
+    assert set(read) == {2**20 + 4 * 1024 + 1}
+    assert len(server.asked) <= 6, "nothing is asked again"
+    server.packed = True
+    with pytest.raises(UserError, match="the reply has no token ids"):
         sampled(remote)
 
 

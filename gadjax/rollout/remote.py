@@ -10,9 +10,9 @@ Letters: B groups, N samples of each, R response tokens.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 import httpx2
@@ -32,6 +32,7 @@ from gadjax.types import Params, Rollout
 
 WHERE = "rollout.remote"
 TRIES = 5
+REPLY_BYTES, TOKEN_BYTES = 2**20, 1024  # of a reply, at most: what surrounds a response (the prompt's ids, too), and each of its tokens
 BESIDE = ".gadjax"  # in the folder, while weights are being written
 
 
@@ -63,7 +64,9 @@ class Remote:
         self._network, self._plan, self._config, self._version = network, plan, config, 0
         self._root = config.url.rstrip("/")
         local = (urlsplit(self._root).hostname or "") in ("127.0.0.1", "localhost", "::1")
-        self._http = httpx2.Client(timeout=config.seconds, follow_redirects=False, trust_env=not local)
+        self._most = REPLY_BYTES + TOKEN_BYTES * plan.response_tokens
+        headers, hooks = {"Accept-Encoding": "identity"}, {"response": [self._guard]}
+        self._http = httpx2.Client(timeout=config.seconds, follow_redirects=False, trust_env=not local, headers=headers, event_hooks=hooks)
         key = os.environ.get(config.api_key_env, "").strip() or "none"
         self._client = OpenAI(api_key=key, base_url=f"{self._root}/v1", max_retries=TRIES, http_client=self._http)
 
@@ -147,7 +150,33 @@ class Remote:
 
     def _ask(self, address: str, body: dict[str, Any]) -> bytes:
         try:
-            return self._client.post(address, cast_to=httpx2.Response, body=body).content
+            content = self._client.post(address, cast_to=httpx2.Response, body=body).content
         except APIError as error:
             what = f"{self._root} does not answer as it should ({type(error).__name__})"
             raise UserError(f"{WHERE}.url", what, "see what the server says; the same command goes on from the last checkpoint") from error
+        if len(content) > self._most:
+            raise UserError(f"{WHERE}.url", f"a reply of {self._root} has more than {self._most} bytes", "see what is listening there")
+        return content
+
+    def _guard(self, response: httpx2.Response) -> None:
+        """Before a reply's body is read: nothing is unpacked that was not asked for packed, and nothing is read beyond the cap."""
+        response.headers.pop("Content-Encoding", None)
+        response.stream = _Capped(cast(httpx2.SyncByteStream, response.stream), self._most + 1)
+
+
+class _Capped(httpx2.SyncByteStream):
+    """The first `most` bytes of a reply. Told by their number: an error here would be taken for the network's, and tried again."""
+
+    def __init__(self, stream: httpx2.SyncByteStream, most: int):
+        self._stream, self._most = stream, most
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = self._most
+        for chunk in self._stream:
+            yield chunk[:left]
+            left -= len(chunk)
+            if left <= 0:
+                return
+
+    def close(self) -> None:
+        self._stream.close()

@@ -55,11 +55,13 @@ class TestSet(NamedTuple):
 
     Attributes:
         source: on the hub.
+        file: the one that has them, where the set has others that do not.
         subset: of its rows, those with this value of the field `dataset`.
         sample: so many of them, drawn by lot, the same ones every time.
     """
 
     source: str
+    file: str | None = None
     subset: str | None = None
     sample: int | None = None
 
@@ -68,8 +70,8 @@ class TestSet(NamedTuple):
 TEST_SETS = {
     "lmsys": TestSet("ytz20/LMSYS-Chat-GPT-5-Chat-Response:test"),
     "dolly": TestSet("databricks/databricks-dolly-15k", sample=500),
-    "selfinst": TestSet("tatsu-lab/alpaca_eval", subset="selfinstruct"),
-    "vicuna": TestSet("tatsu-lab/alpaca_eval", subset="vicuna"),
+    "selfinst": TestSet("tatsu-lab/alpaca_eval", "alpaca_eval.json", subset="selfinstruct"),
+    "vicuna": TestSet("tatsu-lab/alpaca_eval", "alpaca_eval.json", subset="vicuna"),
 }
 
 
@@ -86,7 +88,7 @@ def load_tests(prompts: PromptsConfig) -> dict[str, list[Prompt]]:
             mend = "use letters, digits and `_`, and neither train nor validation"
             raise UserError("prompts.tests", f"{name!r} is no name for a test set", mend)
         known = TEST_SETS.get(source, TestSet(source))
-        rows = ((place, row) for place, row in read_rows(known.source, where) if known.subset in (None, row.get("dataset")))
+        rows = ((place, row) for place, row in read_rows(known.source, where, known.file) if known.subset in (None, row.get("dataset")))
         read = distinct((place, prompt_of(row, place)) for place, row in rows)
         if known.sample is not None:
             read = sorted(read, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())[: known.sample]
