@@ -149,6 +149,11 @@ class Config(Section):
         return [UNTOUCHED, *(self.stages if self.evaluation.stages is None else self.evaluation.stages)]
 
     @property
+    def discriminator_losses(self) -> dict[str, str]:
+        """Of each stage that has a discriminator the name of its loss."""
+        return {name: stage.discriminator.loss for name, stage in self.stages.items() if isinstance(stage, SamplingStageConfig)}
+
+    @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """All teachers by name; the one of the section `teacher` is called so."""
         return {FIRST_TEACHER: self.teacher, **self.teachers}

@@ -2,6 +2,7 @@
 
 import http
 import json
+import math
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -230,7 +231,7 @@ def _tell(result: Result | None, stage: str, against: str, table: Path) -> None:
         say("judge: there are no votes yet")
         return
     wins, counts = result.wins, result.counts
-    interval = f"{wins.mean:.1%} [{wins.low:.1%}, {wins.high:.1%}]"
+    interval = f"{wins.mean:.1%}" + ("" if math.isnan(wins.low) else f" [{wins.low:.1%}, {wins.high:.1%}]")
     say(f"judge: {stage} is better than {against} on {interval} of the prompts, a tie counting one half")
     if result.same:
         say(f"  on {result.same} prompts both answers are the same: ties that nobody was asked for, in proportion to the others voted on")

@@ -29,7 +29,7 @@ from gadjax.evaluation.judge import (
 )
 from gadjax.evaluation.measure import Metric
 from gadjax.evaluation.statistics import bootstrap
-from gadjax.evaluation.summary import HELD_OUT, merged, summarise
+from gadjax.evaluation.summary import HELD_OUT, merged, summarise, to_table
 from gadjax.evaluation.table import print_tables
 from gadjax.files import replace_file, to_csv, to_json
 from gadjax.human import TEACHER, judge_by_people
@@ -136,7 +136,9 @@ def _write(run: Run, config: JudgeConfig) -> dict[str, Any]:
     replace_file(run.folder / SETTINGS, config.model_dump_json(by_alias=True, indent=2))
     file = run.folder / "summary.json"
     if (before := read_summary(file)) is not None:
-        replace_file(file, to_json(merged(before, summary), indent=2))
+        whole = merged(before, summary)
+        replace_file(file, to_json(whole, indent=2))
+        replace_file(file.with_suffix(".csv"), to_table(whole))
     table = run.folder / "evaluation" / "judge.csv"
     replace_file(table, to_csv(("stage", "metric", "prompt", "place", "value"), rows))
     favour = [_wins(share if place == "first" else 1 - share) for _, _, _, place, share in rows]
@@ -179,8 +181,7 @@ def _found(run: Run, config: JudgeConfig) -> dict[str, Found]:
 
 
 def _summary(found: Mapping[str, Found]) -> dict[str, Any]:
-    metrics = {split: each.metrics for split, each in found.items()}
-    return summarise(metrics.pop(HELD_OUT), 0.0, metrics)
+    return summarise({split: each.metrics for split, each in found.items()}, 0.0)
 
 
 def gather(run: Run, config: JudgeConfig, split: str = HELD_OUT) -> Answers:

@@ -11,10 +11,10 @@ from gadjax.collecting import check_teacher, collect_unless_frozen
 from gadjax.config import dump_config
 from gadjax.errors import UserError
 from gadjax.evaluate import evaluate_stages, every_checkpoint
-from gadjax.evaluation.summary import HELD_OUT, merged, summarise
-from gadjax.evaluation.table import print_table, print_tables
+from gadjax.evaluation.summary import merged, summarise, to_table
+from gadjax.evaluation.table import print_tables
 from gadjax.export import export_discriminator, export_stage
-from gadjax.files import replace_file, to_csv, to_json
+from gadjax.files import replace_file, to_json
 from gadjax.judging import judge_run, verdicts_so_far
 from gadjax.prepare import check_devices, check_student, prepare_data, student_folder
 from gadjax.report.audit import write_audit
@@ -123,20 +123,20 @@ def _show(opened: Run, under_way: str | None = None) -> None:
     """Brings the report up to date while the run goes on. What hinders that is told when the report is made for good."""
     if is_first():
         with suppress(UserError):
-            write_report(opened.folder, opened.config.evaluated, under_way)
+            write_report(opened.folder, opened.config.evaluated, under_way, opened.config.discriminator_losses)
 
 
 def _evaluate(session: Session, clock: Clock | None) -> None:
-    """Measures, prints the table and writes summary.json, unless it holds these numbers already; `clock` is that of process 0."""
+    """Measures, prints the table and writes summary.csv, and summary.json unless it holds these numbers; `clock` is that of process 0."""
     measured = evaluate_stages(session)
     if clock is None:
         return
     file = session.run.folder / "summary.json"
-    tests = {name: found for name, found in measured.items() if name != HELD_OUT}
-    summary = merged(summarise(measured[HELD_OUT], clock.seconds, tests), verdicts_so_far(session.run))
+    summary = merged(summarise(measured, clock.seconds), verdicts_so_far(session.run))
     before = json.loads(file.read_text()) if file.exists() else {}
     if summary != before | {"seconds": summary["seconds"]}:
         replace_file(file, to_json(summary, indent=2))
+    replace_file(file.with_suffix(".csv"), to_table(summary))
     print_tables(summary, console)
 
 
@@ -145,13 +145,11 @@ def _sweep(session: Session, clock: Clock | None) -> None:
     measured = evaluate_stages(session, every_checkpoint(session))
     if clock is None:
         return
-    found, folder = measured[HELD_OUT], session.run.folder / "evaluation"
-    summary = summarise(found, clock.seconds)
-    replace_file(folder / "checkpoints.json", to_json(summary, indent=2))
-    rows = ((name, metric, each.value) for name, metrics in found.items() for metric, each in metrics.items())
-    replace_file(folder / "checkpoints.csv", to_csv(("checkpoint", "metric", "value"), rows))
-    print_table(summary, console)
-    say(f"evaluate: every checkpoint is in {folder / 'checkpoints.csv'}")
+    summary, file = summarise(measured, clock.seconds), session.run.folder / "evaluation" / "checkpoints.csv"
+    replace_file(file.with_suffix(".json"), to_json(summary, indent=2))
+    replace_file(file, to_table(summary))
+    print_tables(summary, console)
+    say(f"evaluate: every checkpoint is in {file}")
 
 
 def _judge(opened: Run) -> None:
@@ -170,4 +168,4 @@ def _judge(opened: Run) -> None:
 def _report(opened: Run) -> None:
     stages = opened.config.evaluated
     write_audit(opened.folder, stages)
-    say(f"report: {write_report(opened.folder, stages)}")
+    say(f"report: {write_report(opened.folder, stages, losses=opened.config.discriminator_losses)}")

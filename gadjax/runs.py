@@ -1,6 +1,6 @@
 """A run: one config and the folder where all that it makes lives.
 
-config.yaml  summary.json  teacher.sqlite  data/  student/  stages/<name>/{checkpoints/,metrics.jsonl}
+config.yaml  summary.json  summary.csv  teacher.sqlite  data/  student/  stages/<name>/{checkpoints/,metrics.jsonl}
 tensorboard/  evaluation/  report/index.html  export/<stage>/  .lock  .seconds
 
 With `run.bucket` the checkpoints lie in the bucket instead, and it holds a copy of all the rest.

@@ -8,7 +8,7 @@ from gadjax.algorithms.stage import SelectionConfig
 from gadjax.errors import UserError
 from gadjax.sharding import agreed, is_first
 
-LOWER_IS_BETTER = ("loss", "reverse_kl")
+LOWER_IS_BETTER = ("loss", "reverse_kl", "margin", "discriminator_accuracy")  # the last two: the harder to tell apart from the teacher
 
 
 class Selection:

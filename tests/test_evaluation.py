@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -23,9 +24,9 @@ from gadjax.evaluation import texts, tutor
 from gadjax.evaluation.answers import read_answers, write_answers
 from gadjax.evaluation.measure import Metric, measure
 from gadjax.evaluation.samples import MODES, Samples
-from gadjax.evaluation.statistics import Estimate, by_prompt, estimate, paired_difference
-from gadjax.evaluation.summary import Stages, summarise
-from gadjax.evaluation.table import print_table
+from gadjax.evaluation.statistics import Estimate, bootstrap, by_prompt, estimate, paired_difference
+from gadjax.evaluation.summary import HELD_OUT, Stages, summarise, to_table
+from gadjax.evaluation.table import interval_text, print_table
 from gadjax.records import Prompt
 from gadjax.teachers import grammar
 from gadjax.terminal import PLAIN_WIDTH
@@ -89,10 +90,11 @@ def test_words_keep_case_and_marks():
     assert texts.words("Is 3_a, (so)?") == ["Is", "3_a", ",", "(", "so", ")", "?"]
 
 
-def test_distinct_2():
-    assert texts.distinct_2(["a b a b"]) == pytest.approx(2 / 3)
-    assert texts.distinct_2(["a b a b", "a b"]) == pytest.approx(2 / 4)
-    assert math.isnan(texts.distinct_2(["a", ""]))
+def test_distinct():
+    assert texts.distinct(["a b a b"], 2) == pytest.approx(2 / 3)
+    assert texts.distinct(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
+    assert [texts.distinct(["a b a b"], n) for n in (1, 3, 4)] == [2 / 4, 1, 1]
+    assert math.isnan(texts.distinct(["a", ""], 2))
 
 
 # --- tutor -----------------------------------------------------------------------------------------------------------
@@ -144,6 +146,13 @@ def test_estimate():
     assert math.isnan(estimate([1.0]).low)
 
 
+def test_bootstrap():
+    found = bootstrap([0.0, 1.0, 1.0, 1.0])
+    assert found.mean == 0.75 and 0.25 <= found.low < 0.75 < found.high == 1.0
+    alone = bootstrap([1.0])
+    assert alone.mean == 1 and math.isnan(alone.low) and math.isnan(alone.high)
+
+
 def test_paired_difference():
     near(paired_difference({"x": 1, "y": 5}, {"y": 3, "x": 0}), 1.5, 0.979982)  # differences 1 and 2
     with pytest.raises(ValueError, match="2 prompts are only on one side"):
@@ -158,11 +167,12 @@ def test_by_prompt():
 
 
 BOTH = ("rouge_l", "overlap")
+DISTINCT = {f"distinct_{n}" for n in (1, 2, 3, 4)}
 
 
 def test_measure_compares_as_it_is_told():
     answers = {"greedy": samples([("q1", TEACHER, TEXT)])}
-    always = {"distinct_2", "length_mean"}
+    always = DISTINCT | {"length_mean"}
     assert set(measure(answers, ())) == always
     assert set(measure(answers, ("rouge_l",))) == always | {"rouge_l"}
     assert set(measure(answers, ("overlap",))) == always | {f"overlap_{n}" for n in (1, 2, 3, 4)}
@@ -172,7 +182,7 @@ def test_measure_without_the_tutor():
     rows = [("q1", TEACHER, TEXT), ("q2", "yes", "yes")]
     other = samples([("q3", "t", "other")], length=9)
     found = measure({"greedy": samples(rows), "sampled_0_8": other, "sampled_1_0": other}, BOTH)
-    assert set(found) == {"rouge_l", "overlap_1", "overlap_2", "overlap_3", "overlap_4", "distinct_2", "length_mean"}
+    assert set(found) == {"rouge_l", "overlap_1", "overlap_2", "overlap_3", "overlap_4", "length_mean"} | DISTINCT
     assert found["rouge_l"].value == pytest.approx((8 / 11 + 1) / 2)
     assert found["overlap_2"].by_prompt == pytest.approx({Prompt.of("q1").id: 2 / 9, Prompt.of("q2").id: 1})
     assert found["length_mean"].value == 2
@@ -261,7 +271,7 @@ STAGES = {
 
 
 def test_summary():
-    summary = json.loads(json.dumps(summarise(STAGES, seconds=7.5)), parse_constant=pytest.fail)
+    summary = json.loads(json.dumps(summarise({HELD_OUT: STAGES}, seconds=7.5)), parse_constant=pytest.fail)
     assert summary["stages"]["student"] == {"rouge_l": 0.25, "distinct_2": None}
     assert list(summary["stages"]) == ["student", "seqkd", "gad"]
     assert summary["intervals"]["gad"]["validity"] == [1, 1]
@@ -273,12 +283,34 @@ def test_summary():
 
 
 def test_summary_without_the_baseline():
-    assert summarise({"gad": STAGES["gad"]}, seconds=1)["differences"] == {}
+    assert summarise({HELD_OUT: {"gad": STAGES["gad"]}}, seconds=1)["differences"] == {}
+
+
+def test_a_summary_is_a_table_of_all_splits():
+    lines = to_table(summarise({HELD_OUT: STAGES, "unseen": {"gad": STAGES["gad"]}}, seconds=1)).splitlines()
+    assert lines[0] == "split,stage,metric,mean,low,high,minus_baseline,difference_low,difference_high"
+    assert "validation,seqkd,distinct_2,0.5,,,,," in lines and "validation,student,distinct_2,,,,,," in lines, "without an interval"
+    (row,) = (line.split(",") for line in lines if line.startswith("validation,gad,rouge_l"))
+    half = 1.959964 * 0.25
+    assert [float(cell) for cell in row[3:]] == pytest.approx([0.75, 0.75, 0.75, 0.25, 0.25 - half, 0.25 + half])
+    assert "unseen,gad,validity,1.0,1.0,1.0,,," in lines and len(lines) == 1 + 7 + 3
+
+
+def test_an_interval_that_is_not_about_its_mean_is_shown_by_its_ends():
+    assert interval_text(0.5, 0.4, 0.6, 3) == "± 0.100"
+    assert interval_text(0.75, 0.5, 0.875, 3) == "[0.500, 0.875]"
+    assert interval_text(0.75, -0.5, 0.875, 3, "+") == "[-0.500, +0.875]"
+    assert interval_text(0.5, None, None, 3) == interval_text(None, 0.4, 0.6, 3) == ""
+    assert "0.750 [0.500, 0.800]" in shown(terminal=False, stages={"gad": {"wins": Metric(0.75, {"p": 1.0, "q": 0.5}, skewed)}})
+
+
+def skewed(values: Iterable[float]) -> Estimate:
+    return Estimate(0.75, 0.5, 0.8)
 
 
 def shown(terminal: bool, stages: Stages = STAGES, width: int = 100) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system="standard" if terminal else None)
-    print_table(summarise(stages, seconds=1), console)
+    print_table(summarise({HELD_OUT: stages}, seconds=1), console)
     return cast(io.StringIO, console.file).getvalue()
 
 

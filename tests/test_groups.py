@@ -146,8 +146,11 @@ def test_every_checkpoint_is_measured(twice: Path, monkeypatch: pytest.MonkeyPat
     assert list(stages) == ["student", "seqkd", "still", "still@4", "still@6", "gad"]
     assert stages["still"]["rouge_l"] == pytest.approx(stages["student"]["rouge_l"])
     lines = (twice / "evaluation" / "checkpoints.csv").read_text().splitlines()
-    assert lines[0] == "checkpoint,metric,value"
-    assert len(lines) == 1 + sum(map(len, stages.values()))
+    assert lines[0].startswith("split,stage,metric,mean,low,high,")
+    assert len(lines) == 1 + 2 * sum(map(len, stages.values()))
+    (row,) = (line.split(",") for line in lines if line.startswith("unseen,still@4,rouge_l,"))
+    mean, low, high = map(float, row[3:6])
+    assert low <= mean <= high
 
 
 def counts_by_id(data: Snapshot) -> Counter[str]:

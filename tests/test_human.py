@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterator
@@ -91,6 +92,8 @@ def test_what_comes_out():
     assert result.counts == {"stage": 3, "tie": 1, "other": 1}
     assert result.agreement == 0.5
     assert count([]) is None
+    alone = count(votes[:1])
+    assert alone is not None and alone.wins.mean == 1 and math.isnan(alone.wins.low), "one ballot has no interval"
 
 
 def test_equal_answers_are_ties_in_proportion():

@@ -30,7 +30,7 @@ from gadjax.evaluation.judge import (
 from gadjax.evaluation.measure import Metric
 from gadjax.evaluation.samples import Samples
 from gadjax.evaluation.statistics import bootstrap
-from gadjax.evaluation.summary import summarise
+from gadjax.evaluation.summary import HELD_OUT, summarise
 from gadjax.files import to_csv, to_json
 from gadjax.judging import judge_run, verdicts_so_far
 from gadjax.records import Prompt
@@ -213,7 +213,7 @@ class Court:
 
     def summarised(self) -> None:
         stages = {stage: {"rouge_l": Metric(0.5, {"a": 0.5, "b": 0.5})} for stage in ("student", "seqkd", "gad")}
-        (self.folder / "summary.json").write_text(to_json(summarise(stages, 1.0)))
+        (self.folder / "summary.json").write_text(to_json(summarise({HELD_OUT: stages}, 1.0)))
 
     def tests(self, name: str) -> None:
         """A test set of two prompts."""
@@ -301,6 +301,7 @@ def test_the_summary_keeps_its_other_metrics_and_gets_the_verdicts(court: Court)
     assert summary["stages"]["gad"] == {"rouge_l": 0.5, "judge_points": 50, "wins_teacher": 0.5, "wins_seqkd": 1}
     assert (summary["prompts"], summary["seconds"]) == (2, 1)
     assert summary["differences"]["gad"]["wins_teacher"]["mean"] == 0.5
+    assert "\nvalidation,gad,wins_teacher,0.5,0.5,0.5,0.5," in (court.folder / "summary.csv").read_text()
     assert verdicts_so_far(court.run)["stages"]["gad"]["judge_points"] == 50
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gadjax.config import make_config
 from gadjax.errors import UserError
 from gadjax.evaluation.statistics import Estimate
 from gadjax.metrics import MetricsLog
@@ -68,7 +69,7 @@ def write_answers(run: Path, stage: str, rows: list[dict[str, Any]]):
 
 SUMMARY = {
     "stages": {"seqkd": {"rouge_l": 0.25, "mine<b>": 1.0}, "gad": {"rouge_l": 0.5, "mine<b>": None}},
-    "intervals": {"seqkd": {"rouge_l": [0.2, 0.3]}, "gad": {"rouge_l": [0.4, 0.6]}},
+    "intervals": {"seqkd": {"rouge_l": [0.2, 0.3], "mine<b>": [0.5, 1.125]}, "gad": {"rouge_l": [0.4, 0.6]}},
     "differences": {"gad": {"rouge_l": {"mean": 0.25, "low": 0.125, "high": 0.375}}},
     "baseline": "seqkd",
     "prompts": 3,
@@ -97,7 +98,7 @@ def test_the_page_shows_everything(run: Path):
     text = page(run).text
     for words in ("quick<start>", "1 h 1 min in all", "3 validation prompts", "mine<b>", "Comparison", "Styles", "Answers", "Stage gad"):
         assert words in text, words
-    assert "0.250 ± 0.050" in text
+    assert "0.250 ± 0.050" in text and "1.000 [0.500, 1.125]" in text
     assert "+0.250 ± 0.125" in text
     assert "taught 2" in text
     assert "gad says 2" in text
@@ -386,6 +387,18 @@ def test_panels_are_drawn_where_there_are_metrics():
     rows = [{"step": step, "discriminator/margin": 1.0, "student/entropy": 2.0} for step in range(3)]
     assert [chart.title for chart in stage_charts(rows)] == ["Margin", "Entropy"]
     assert len({panel.title for panel in PANELS}) == len(PANELS)
+
+
+@pytest.mark.parametrize(("loss", "told"), [("bradley_terry", "Bradley-Terry, nats"), ("cross_entropy", "cross entropy, nats")])
+def test_the_discriminator_s_loss_is_named(run: Path, loss: str, told: str):
+    with MetricsLog(run / "stages" / "gad", run / "tensorboard" / "gad") as log:
+        log.write(1, {"discriminator/loss": 0.5})
+    path = write_report(
+        run,
+        ["seqkd", "gad"],
+        losses=make_config({"stages": {"gad": {"algorithm": "gad", "discriminator": {"loss": loss}}}}).discriminator_losses,
+    )
+    assert f"Discriminator's loss {told}" in Page(path.read_text(encoding="utf-8")).text
 
 
 @pytest.mark.parametrize(("value", "text"), [(12345.0, "12.35k"), (0.30000000000000004, "0.3"), (0.0, "0"), (1234.5, "1234")])

@@ -16,7 +16,7 @@ def seen(metric: str, values: list[float], patience: int | None = None) -> Selec
     return selection
 
 
-@pytest.mark.parametrize(("metric", "best"), [("rouge_l", 2), ("reverse_kl", 1), ("loss", 1)])
+@pytest.mark.parametrize(("metric", "best"), [("rouge_l", 2), ("reverse_kl", 1), ("loss", 1), ("margin", 1), ("discriminator_accuracy", 1)])
 def test_the_best_is_the_highest_or_the_lowest(metric: str, best: int):
     assert seen(metric, [0.1, 0.3, 0.2]).best == best
 

@@ -8,7 +8,7 @@ import numpy as np
 from gadjax.evaluation.config import TextMetric
 from gadjax.evaluation.samples import BEST_OF, Samples
 from gadjax.evaluation.statistics import Estimate, by_prompt, estimate
-from gadjax.evaluation.texts import distinct_2, overlap, rouge_l
+from gadjax.evaluation.texts import distinct, overlap, rouge_l
 from gadjax.evaluation.tutor import reverse_kl, verdicts
 
 
@@ -30,7 +30,8 @@ def measure(answers: Mapping[str, Samples], texts: Sequence[TextMetric], vocabul
         vocabulary: with the tutor as the teacher, the size of the vocabulary; None with any other teacher.
 
     Returns:
-        of `greedy`: rouge_l, overlap_1 to overlap_4 as `texts` says, distinct_2, length_mean (tokens) and, with the tutor, greedy_validity;
+        of `greedy`: rouge_l, overlap_1 to overlap_4 as `texts` says, distinct_1 to distinct_4, length_mean (tokens) and, with the tutor,
+        greedy_validity;
         with the tutor, of `sampled_0_8`: validity, correctness; of `sampled_1_0`: reverse_kl (nats);
         of `best_of`: best_of_rouge_l as `texts` says, best_of_length_mean and, with the tutor, best_of_validity, best_of_correctness.
     """
@@ -52,7 +53,8 @@ def _texts(samples: Samples, wanted: Sequence[TextMetric]) -> dict[str, Metric]:
     if "overlap" in wanted:
         values |= {f"overlap_{n}": overlap(samples.texts, samples.teacher, n) for n in (1, 2, 3, 4)}
     metrics = {name: _mean(samples, column) for name, column in values.items()}
-    return metrics | {"distinct_2": Metric(distinct_2(samples.texts)), "length_mean": _mean(samples, samples.lengths)}
+    metrics |= {f"distinct_{n}": Metric(distinct(samples.texts, n)) for n in (1, 2, 3, 4)}
+    return metrics | {"length_mean": _mean(samples, samples.lengths)}
 
 
 def _best(samples: Samples, wanted: Sequence[TextMetric], tutor: bool) -> dict[str, Metric]:

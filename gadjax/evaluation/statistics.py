@@ -42,9 +42,11 @@ def estimate(values: Iterable[float]) -> Estimate:
 def bootstrap(values: Iterable[float], resamples: int = 2000) -> Estimate:
     """The mean of the values, one per prompt, with the percentile interval of the bootstrap (Efron, 1979); the same every time.
 
-    For few prompts and for values that pile up at the ends of a scale, as verdicts do.
+    For few prompts and for values that pile up at the ends of a scale, as verdicts do. One prompt has no interval (NaN).
     """
     array = np.fromiter(values, np.float64)
+    if array.size < 2:
+        return Estimate(float(array.mean()), math.nan, math.nan)
     rng = np.random.default_rng(0)
     means = [array[rng.integers(0, array.size, array.size)].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])

@@ -15,27 +15,27 @@ from typing import Any
 
 from gadjax.evaluation.measure import Metric
 from gadjax.evaluation.statistics import paired_difference
-from gadjax.files import finite
+from gadjax.files import finite, to_csv
 
 Stages = Mapping[str, Mapping[str, Metric]]
 HELD_OUT = "validation"  # the split that a summary is of; those of the test sets are in it
 COLUMNS = ("split", "stage", "metric", "mean", "low", "high", "minus_baseline", "difference_low", "difference_high")
 
 
-def summarise(stages: Stages, seconds: float, tests: Mapping[str, Stages] | None = None, baseline: str = "seqkd") -> dict[str, Any]:
+def summarise(splits: Mapping[str, Stages], seconds: float, baseline: str = "seqkd") -> dict[str, Any]:
     """The content of `summary.json`.
 
     Args:
-        stages: the metrics of each stage on the held-out prompts, in the order in which they are to be shown.
+        splits: the metrics of each stage on the held-out prompts and on each test set, in the order in which they are to be shown.
         seconds: wall time of all commands on the run until now.
-        tests: the same on each test set.
         baseline: the stage that the others are compared with; without such a stage there are no differences.
 
     Raises:
         ValueError: two stages answered different prompts.
     """
-    summary = _compared(stages, baseline) | {"seconds": seconds}
-    return finite(summary | ({"tests": {name: _compared(found, baseline) for name, found in tests.items()}} if tests else {}))
+    found = {name: _compared(stages, baseline) for name, stages in splits.items()}
+    summary = found.pop(HELD_OUT) | {"seconds": seconds}
+    return finite(summary | ({"tests": found} if found else {}))
 
 
 def _compared(stages: Stages, baseline: str) -> dict[str, Any]:
@@ -83,3 +83,8 @@ def rows(summary: Mapping[str, Any]) -> Iterator[list[object]]:
                 ends = found["intervals"].get(stage, {}).get(name, (None, None))
                 gap = found["differences"].get(stage, {}).get(name, {})
                 yield [split, stage, name, mean, *ends, *(gap.get(key) for key in ("mean", "low", "high"))]
+
+
+def to_table(summary: Mapping[str, Any]) -> str:
+    """`rows` as CSV."""
+    return to_csv(COLUMNS, rows(summary))

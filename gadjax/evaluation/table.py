@@ -69,7 +69,7 @@ def _value(summary: Mapping[str, Any], stage: str, name: str) -> Text:
     if value is None:
         return Text("-")
     low, high = summary["intervals"].get(stage, {}).get(name, (None, None))
-    return Text(f"{value:.{places}f}" + ("" if low is None or high is None else f" ± {(high - low) / 2:.{places}f}"))
+    return Text(f"{value:.{places}f} {interval_text(value, low, high, places)}".rstrip())
 
 
 def _difference(summary: Mapping[str, Any], stage: str, name: str) -> Text:
@@ -79,4 +79,13 @@ def _difference(summary: Mapping[str, Any], stage: str, name: str) -> Text:
     if found["low"] is None:
         return Text(f"{found['mean']:+.{places}f}")
     sure = found["low"] > 0 or found["high"] < 0
-    return Text(f"{found['mean']:+.{places}f} ± {(found['high'] - found['low']) / 2:.{places}f}{' *' if sure else ''}")
+    return Text(f"{found['mean']:+.{places}f} {interval_text(**found, places=places, sign='+')}{' *' if sure else ''}")
+
+
+def interval_text(mean: float | None, low: float | None, high: float | None, places: int, sign: str = "") -> str:
+    """What stands beside a mean: half its interval's width, or both ends where the mean is not in the middle, as of the bootstrap."""
+    if mean is None or low is None or high is None:
+        return ""
+    if abs((high - mean) - (mean - low)) < 10.0**-places:
+        return f"± {(high - low) / 2:.{places}f}"
+    return f"[{low:{sign}.{places}f}, {high:{sign}.{places}f}]"

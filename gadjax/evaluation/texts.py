@@ -72,10 +72,12 @@ def _overlap(text: str, reference: str, n: int) -> float:
     return 2 * (ours & theirs).total() / total if total else float(words(text) == words(reference))
 
 
-def distinct_2(texts: Sequence[str]) -> float:
-    """Different bigrams of `words` over all bigrams, of all texts together (Li et al., 2016).
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of `words` over all n-grams, of all texts together (Li et al., 2016).
 
-    A number of the whole set: it falls as the set grows, so only sets of the same prompts can be compared. NaN without bigrams.
+    A number of the whole set: it falls as the set grows, so only sets of the same prompts can be compared. NaN without n-grams.
+    It has no interval: a bootstrap over prompts takes some twice, whose n-grams are no longer different, so that every resample lies
+    below the number itself.
     """
-    counts = sum((ngrams(text, 2) for text in texts), NGrams())
+    counts = sum((ngrams(text, n) for text in texts), NGrams())
     return len(counts) / counts.total() if counts else float("nan")

@@ -23,7 +23,7 @@ PANELS = (
     Panel("Scores", "discriminator's logit", {"discriminator/teacher_score": "teacher", "discriminator/student_score": "student"}),
     Panel("Margin", "teacher's minus student's score", {"discriminator/margin": "margin"}),
     Panel("Discriminator's accuracy", "share of pairs", {"discriminator/accuracy": "accuracy"}),
-    Panel("Discriminator's loss", "Bradley-Terry, nats", {"discriminator/loss": "loss"}),
+    Panel("Discriminator's loss", "nats, of the loss that each stage has", {"discriminator/loss": "loss"}),
     Panel("Student's loss", "nats per token; in gad the surrogate", {"student/loss": "loss"}),
     Panel("Reward", "discriminator's logit", {"student/reward_mean": "mean", "student/reward_std": "std in the group"}),
     Panel("KL from the reference", "k3, nats per token", {"student/kl": "KL"}),
@@ -63,6 +63,9 @@ PANELS = (
 )
 
 
+LOSSES = {"bradley_terry": "Bradley-Terry", "cross_entropy": "cross entropy"}
+
+
 class Meaning(NamedTuple):
     """What a metric counts, and of what: one after the other they are a phrase."""
 
@@ -76,7 +79,10 @@ MEANINGS = {
     "overlap_2": Meaning("F1", "of the word pairs shared with it"),
     "overlap_3": Meaning("F1", "of three words in a row"),
     "overlap_4": Meaning("F1", "of four words in a row"),
+    "distinct_1": Meaning("share", "of different words among all words"),
     "distinct_2": Meaning("share", "of different word pairs among all word pairs"),
+    "distinct_3": Meaning("share", "of different runs of three words among all"),
+    "distinct_4": Meaning("share", "of different runs of four words among all"),
     "length_mean": Meaning("tokens", "per answer"),
     "discriminator_accuracy": Meaning("share", "of pairs, on held-out prompts"),
     "margin": Meaning("logit", "of the teacher's answer minus that of the student's, on held-out prompts"),
@@ -109,14 +115,15 @@ def unit(name: str) -> str:
 Runs = Sequence[Sequence[Row]]  # the metrics of one stage in one run, or in a run of each seed
 
 
-def stage_charts(rows: Sequence[Row]) -> list[Chart]:
-    """The charts of one stage's training, those that it has metrics for."""
+def stage_charts(rows: Sequence[Row], loss: str | None = None) -> list[Chart]:
+    """The charts of one stage's training, those that it has metrics for; `loss` is the discriminator's, by its name in a config."""
     charts = []
     for panel in PANELS:
         lines = [_series(label, [rows], name, colour) for colour, (name, label) in enumerate(panel.lines.items(), 1)]
         lines = [line for line in lines if line.x]
         if lines:
-            charts.append(line_chart(panel.title, panel.unit, lines, panel.from_zero))
+            unit = f"{LOSSES[loss]}, nats" if loss and "discriminator/loss" in panel.lines else panel.unit
+            charts.append(line_chart(panel.title, unit, lines, panel.from_zero))
     return charts
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from gadjax.errors import UserError
+from gadjax.evaluation.table import interval_text
 from gadjax.files import replace_file
 from gadjax.health import episodes
 from gadjax.metrics import Row, read
@@ -18,7 +19,7 @@ from gadjax.report.templates import STYLE, TEMPLATES
 from gadjax.report.timeline import duration, where_the_time_went
 
 
-def write_report(run: Path, stages: Sequence[str], under_way: str | None = None) -> Path:
+def write_report(run: Path, stages: Sequence[str], under_way: str | None = None, losses: Mapping[str, str] | None = None) -> Path:
     """Writes the page from what is there: a run that is under way has a report too.
 
     Reads `summary.json`, `stages/<name>/metrics.jsonl` and `evaluation/<name>.jsonl`. All text in them, answers above all,
@@ -28,6 +29,7 @@ def write_report(run: Path, stages: Sequence[str], under_way: str | None = None)
         run: the run's folder; its name is the page's title.
         stages: names of the stages in the order in which they are shown, `student` included where it was evaluated.
         under_way: what is being done; the page then loads itself anew every half minute.
+        losses: of the discriminators, by stage: names of a config.
 
     Returns:
         the page's path.
@@ -41,7 +43,10 @@ def write_report(run: Path, stages: Sequence[str], under_way: str | None = None)
     rows = {stage: found for stage in stages if (found := read(run / "stages" / stage / "metrics.jsonl"))}
     answers = read_answers(run / "evaluation", stages)
     summary = read_summary(run / "summary.json")
-    training = [{"name": stage, "steps": int(found[-1]["step"]), "charts": stage_charts(found)} for stage, found in rows.items()]
+    training = [
+        {"name": stage, "steps": int(found[-1]["step"]), "charts": stage_charts(found, (losses or {}).get(stage))}
+        for stage, found in rows.items()
+    ]
     path = run / "report" / "index.html"
     write_page(
         path,
@@ -122,11 +127,9 @@ def _row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _cell(summary: Mapping[str, Any], stage: str, name: str, places: int) -> dict[str, Any]:
     value = summary["stages"][stage].get(name)
     low, high = summary["intervals"].get(stage, {}).get(name, (None, None))
-    cell = {"value": "–" if value is None else f"{value:.{places}f}"}
-    cell["half"] = "" if low is None or high is None else f"{(high - low) / 2:.{places}f}"
+    cell = {"value": "–" if value is None else f"{value:.{places}f}", "interval": interval_text(value, low, high, places)}
     difference = summary["differences"].get(stage, {}).get(name)
     if not difference or difference["low"] is None:
         return cell | {"difference": "", "sure": False}
-    half = (difference["high"] - difference["low"]) / 2
-    shown = f"{difference['mean']:+.{places}f} ± {half:.{places}f}"
+    shown = f"{difference['mean']:+.{places}f} {interval_text(**difference, places=places, sign='+')}"
     return cell | {"difference": shown, "sure": difference["low"] > 0 or difference["high"] < 0}
