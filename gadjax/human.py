@@ -234,7 +234,7 @@ def _tell(result: Result | None, stage: str, against: str, table: Path) -> None:
     interval = f"{wins.mean:.1%}" + ("" if math.isnan(wins.low) else f" [{wins.low:.1%}, {wins.high:.1%}]")
     say(f"judge: {stage} is better than {against} on {interval} of the prompts, a tie counting one half")
     if result.same:
-        say(f"  on {result.same} prompts both answers are the same: ties that nobody was asked for, in proportion to the others voted on")
+        say(f"  prompts with twice the same answer: {result.same}, ties that nobody was asked for, in proportion to the others voted on")
     say(f"  votes: {counts['stage']} for {stage}, {counts['other']} for {against}, {counts['tie']} ties")
     for name, (share, number) in result.by_annotator.items():
         say(f"  {harmless(name)}: {share:.1%} of {number}")

@@ -284,7 +284,7 @@ def read(run: Run, answers: Answers, config: JudgeConfig) -> Found:
             kept = {name: those[name] for name in common}
             metrics[stage][metric] = Metric(sum(kept.values()) / len(kept), kept, bootstrap)
         counts[metric] = len(common)
-    if any(count < len(answers.prompts) for count in counts.values()):
+    if outcomes and any(count < len(answers.prompts) for count in counts.values()):
         shown = ", ".join(f"{metric} {count}" for metric, count in counts.items())
         say(f"judge: of {len(answers.prompts)} prompts only those with a verdict for every stage count: {shown}")
     return Found(metrics, verdicts)

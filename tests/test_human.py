@@ -155,7 +155,7 @@ def test_results_are_told_and_written(court: Court, capsys: pytest.CaptureFixtur
     out, told = capsys.readouterr()
     assert json.loads(out)["wins"]["mean"] == pytest.approx(5.5 / 6)
     assert "gad is better than seqkd on 91.7% [75.0%, 100.0%] of the prompts" in told
-    assert "on 1 prompts both answers are the same" in told
+    assert "prompts with twice the same answer: 1, ties" in told
     assert "\x1b" not in told
     assert (court.folder / "evaluation" / "human_gad_seqkd.csv").read_text().splitlines()[1] == f"{pairs[0].key},'=ada\x1b[2J,stage"
 

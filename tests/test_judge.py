@@ -360,6 +360,16 @@ def test_only_the_first_prompts_are_judged(court: Court):
     assert len(court.server.bodies) == 2 + 2 * 2 * (3 + 3 + 2)
 
 
+def test_a_key_that_is_missing_is_told_in_one_line(court: Court, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delenv("TEST_KEY")
+    with pytest.raises(SystemExit) as ended:
+        main(["judge", str(court.folder)])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "evaluation.judge.api_key_env: the environment variable TEST_KEY is not set" in line
+    assert not (court.folder / "judge.json").exists()
+
+
 def test_the_budget_is_the_judge_s(court: Court):
     with pytest.raises(UserError, match=r"^evaluation\.judge\.max_cost: "):
         judge_run(court.run, court.judge.model_copy(update={"max_cost": 0.0}))
