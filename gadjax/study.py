@@ -24,7 +24,7 @@ from gadjax.evaluation.table import print_tables
 from gadjax.files import finite, replace_file, to_csv, to_json
 from gadjax.metrics import read
 from gadjax.report.charts import figure, mean_chart
-from gadjax.report.curves import meaning, overlaid_charts, unit, validation_charts
+from gadjax.report.curves import meaning, meant, overlaid_charts, validation_charts
 from gadjax.terminal import console, say
 
 Summaries = Sequence[Mapping[str, Any]]
@@ -125,15 +125,15 @@ def figures(found: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, str]
     drawings = {}
     for split, part in by_split(found).items():
         for name in dict.fromkeys(name for metrics in part["stages"].values() for name in metrics):
-            title = f"{name}: {meaning(name)}" if split == HELD_OUT else f"{split}, {name}: {meaning(name)}"
-            chart = mean_chart(title, unit(name), _means(part, name), colours)
-            drawings[_named("means", name if split == HELD_OUT else f"{split}-{name}")] = figure(chart, bars)
+            where = [] if split == HELD_OUT else [split]
+            chart = mean_chart(", ".join([*where, _titled(name)]), meant(name).unit, _means(part, name), colours)
+            drawings[_named("means", "-".join([*where, name]))] = figure(chart, bars)
     trained = [stage for stage in colours if stage != UNTOUCHED]
     runs = {stage: [read(folder / "stages" / stage / "metrics.jsonl") for folder in folders] for stage in trained}
     for chart in overlaid_charts(runs, colours):
         drawings[_named("curve", chart.title)] = figure(chart, curves)
     for chart in validation_charts(runs, colours):
-        told = replace(chart, title=f"{chart.title}: {chart.unit}", unit=unit(chart.title))
+        told = replace(chart, title=_titled(chart.title), unit=meant(chart.title).unit)
         drawings[_named("validation", chart.title)] = figure(told, curves)
     return drawings
 
@@ -144,6 +144,10 @@ def _means(part: Mapping[str, Any], name: str) -> dict[str, Estimate]:
     return {
         stage: Estimate(part["stages"][stage][name], *(math.nan if end is None else end for end in both)) for stage, both in ends.items()
     }
+
+
+def _titled(name: str) -> str:
+    return ": ".join(filter(None, (name, meaning(name))))
 
 
 def _named(kind: str, title: str) -> str:

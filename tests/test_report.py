@@ -16,7 +16,7 @@ from gadjax.evaluation.statistics import Estimate
 from gadjax.metrics import MetricsLog
 from gadjax.report import charts
 from gadjax.report.charts import Series, bar_chart, line_chart, mean_chart, number
-from gadjax.report.curves import PANELS, stage_charts, validation_charts
+from gadjax.report.curves import PANELS, meaning, stage_charts, validation_charts
 from gadjax.report.page import write_report
 from gadjax.train import _Page
 
@@ -387,6 +387,12 @@ def test_panels_are_drawn_where_there_are_metrics():
     rows = [{"step": step, "discriminator/margin": 1.0, "student/entropy": 2.0} for step in range(3)]
     assert [chart.title for chart in stage_charts(rows)] == ["Margin", "Entropy"]
     assert len({panel.title for panel in PANELS}) == len(PANELS)
+
+
+def test_win_rates_are_told_by_whom_they_are_against():
+    assert meaning("wins_teacher").startswith("share of prompts on which the judge finds it better than the teacher's;")
+    assert meaning("wins_seqkd").startswith("share of prompts on which the judge finds it better than seqkd;")
+    assert meaning("new") == ""
 
 
 @pytest.mark.parametrize(("loss", "told"), [("bradley_terry", "Bradley-Terry, nats"), ("cross_entropy", "cross entropy, nats")])

@@ -102,14 +102,16 @@ MEANINGS = {
 }
 
 
+def meant(name: str) -> Meaning:
+    """The meaning of a metric, both parts empty for an unknown one; the judge's win rates are named by whom they are against."""
+    other = name.removeprefix("wins_")
+    wins = Meaning("share", f"of prompts on which the judge finds it better than {other}; a tie counts one half")
+    return MEANINGS.get(name, wins if other != name else Meaning("", ""))
+
+
 def meaning(name: str) -> str:
-    """What stands beside a metric's name in tables and charts; nothing for an unknown one."""
-    return " ".join(MEANINGS.get(name, ""))
-
-
-def unit(name: str) -> str:
-    """What stands along a metric's axis."""
-    return MEANINGS[name].unit if name in MEANINGS else "share" * name.startswith("wins_")
+    """What stands beside a metric's name in tables and charts."""
+    return " ".join(meant(name)).strip()
 
 
 Runs = Sequence[Sequence[Row]]  # the metrics of one stage in one run, or in a run of each seed
