@@ -218,7 +218,7 @@ def serve(
 def export(
     stage: Stage,
     discriminator: Annotated[bool, typer.Option("--discriminator", help="The stage's discriminator: a classifier with one label.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32 or bfloat16; by default what the run computes in.")] = None,
 ) -> None:
     """Write a stage's student, or its discriminator, as a Hugging Face folder.
 

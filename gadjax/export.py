@@ -18,10 +18,10 @@ from gadjax.text import Text
 ORIGIN = "gadjax.json"  # in an exported folder: what it was made from
 
 
-def export_stage(session: Session, name: str, dtype: str = "float32") -> Path:
+def export_stage(session: Session, name: str, dtype: str | None = None) -> Path:
     """Writes the student of stage `name` to the run's `export/<stage>` and returns the folder; one of this checkpoint is kept.
 
-    `dtype` is that of the written weights, "float32" or "bfloat16".
+    `dtype` is that of the written weights, "float32" or "bfloat16"; by default the one that the run computes in.
 
     Raises:
         UserError: the stage is not trained yet.
@@ -30,7 +30,7 @@ def export_stage(session: Session, name: str, dtype: str = "float32") -> Path:
     return _export(session, name, "student", session.run.folder / "export" / name, tokens, tokenizer_files(session.folder), dtype)
 
 
-def export_discriminator(session: Session, name: str, dtype: str = "float32") -> Path:
+def export_discriminator(session: Session, name: str, dtype: str | None = None) -> Path:
     """Writes the discriminator of stage `name` to `export/<stage>-discriminator` and returns the folder; one of this checkpoint is kept.
 
     It is a sequence classifier. Its one logit is D(x, y) for the ids of a rendered prompt and a response that ends, if it is whole,
@@ -46,8 +46,10 @@ def export_discriminator(session: Session, name: str, dtype: str = "float32") ->
     return _export(session, name, "discriminator", session.run.folder / "export" / f"{name}-discriminator", tokens, files, dtype)
 
 
-def _export(session: Session, name: str, role: str, folder: Path, tokens: dict[str, int], files: dict[str, bytes], dtype: str) -> Path:
-    snapshot = session.snapshot
+def _export(
+    session: Session, name: str, role: str, folder: Path, tokens: dict[str, int], files: dict[str, bytes], dtype: str | None
+) -> Path:
+    snapshot, dtype = session.snapshot, dtype or session.run.config.student.compute_dtype
     facts = {"training groups": len(snapshot.train), "held-out groups": len(snapshot.validation), "SHA-256": snapshot.digest}
     card = model_card(session.run.folder, session.run.config, name, role, facts)
     digest = checkpoint_digest(session.run.checkpoints(name), session.final_step(name))

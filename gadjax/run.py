@@ -73,9 +73,9 @@ def report(config: Path, overrides: list[str]) -> None:
     _report(opened)
 
 
-def export(stage: str, discriminator: bool = False, dtype: str = "float32") -> None:
+def export(stage: str, discriminator: bool = False, dtype: str | None = None) -> None:
     """A stage's student of a run, `RUN` or `RUN/STAGE`, or its discriminator, as a Hugging Face folder."""
-    if dtype not in ("float32", "bfloat16"):
+    if dtype not in (None, "float32", "bfloat16"):
         raise UserError("--dtype", f"{dtype} is not offered", "use float32 or bfloat16")
     opened, name = Run.find(stage)
     start_processes()

@@ -217,13 +217,13 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def session(folder: Path, student: Path) -> tuple[Session, Params]:
+def session(folder: Path, student: Path, dtype: str = "float32") -> tuple[Session, Params]:
     """As much of a run's session as an export of its discriminator needs, and that discriminator."""
     family, dims = read_config(student)
     network = discriminator(dims, F32)
     params = discriminator_params(network, read(student), jax.random.key(0))
     stages = {"seqkd": {"algorithm": "seqkd"}, "gad": {"algorithm": "gad", "from": "seqkd"}}
-    config = make_config({"prompts": {"train": "tutor:2"}, "stages": stages})
+    config = make_config({"prompts": {"train": "tutor:2"}, "stages": stages, "student": {"compute_dtype": dtype}})
     run = SimpleNamespace(folder=folder, config=config, checkpoints=lambda name: folder / name)
     snapshot = SimpleNamespace(train=[], validation=[], digest="none")
     parts = {"final_step": lambda name: 1, "folder": student, "text": Text.load(str(student)), "family": family, "dims": dims}
@@ -246,6 +246,15 @@ def test_an_exported_discriminator_is_padded_with_what_ends_no_response(pad: str
     pads = {json.loads((folder / name).read_text())["pad_token"] for name in ("tokenizer_config.json", "special_tokens_map.json")}
     assert pads == {PAD if pad == PAD else CONTROL[-1]}
     assert (folder / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_is_written_as_the_run_computes_unless_told_otherwise(fresh: Path, tmp_path: Path, dtype: str):
+    opened, _ = session(tmp_path, fresh, dtype)
+    for told, written in ((None, dtype), ("float32", "float32")):
+        folder = export_discriminator(opened, "gad", told)
+        assert {str(array.dtype) for array in load_file(folder / "model.safetensors").values()} == {written}
+        assert json.loads((folder / "config.json").read_text())["dtype"] == written
 
 
 def test_a_discriminator_that_is_exported_is_kept_and_a_stage_without_one_is_told(fresh: Path, tmp_path: Path):

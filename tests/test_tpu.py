@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gadjax.config import load_config
 from gadjax.errors import UserError
 from gadjax.runs import Run
 
@@ -164,6 +165,15 @@ def test_a_mistake_is_told_in_one_line(desk: Desk, arguments: list[str], told: s
     done = desk("launch.sh", *arguments)
     assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
     assert desk.calls == [] and not (desk.repo / "x").exists()
+
+
+def test_the_config_that_the_page_shows_is_one(tmp_path: Path):
+    """Beside the shipped ones, as the page says."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "tpu" / "README.md").read_text(), re.S)
+    (tmp_path / "configs" / "my.yaml").write_text(shown)
+    config = load_config(tmp_path / "configs" / "my.yaml", [])
+    assert (config.prompts.train, config.student.path, config.teacher.max_cost) == ("prompts.jsonl", "Qwen/Qwen2.5-14B-Instruct", 500)
 
 
 NAME = "a b;$(touch x)'\"\n.yaml"
