@@ -4,6 +4,7 @@ Every command is run: those that train nothing anew always, those that do by `py
 made small, and those that need somebody else by tests of their own (ELSEWHERE).
 """
 
+import gzip
 import io
 import json
 import re
@@ -104,7 +105,8 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     for stage in config.get("stages", {}).values():
         stage |= {name: min(stage[name], value) for name, value in most.items() if name in stage}
     if "extends" not in config and "random" in config["student"]:
-        config["prompts"] = {"train": "tutor:40", "validation": "tutor:8"}
+        if config["teacher"]["backend"] == "tutor":
+            config["prompts"] = {"train": "tutor:40", "validation": "tutor:8"}
         config["student"]["random"] = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 32, "words": 300}
     return config
 
@@ -120,12 +122,15 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> tiny.Tiny:
     shutil.copytree(ROOT / "configs" / "paper", made.folder / "configs" / "paper")
     some = Random(0)
     rows = [{"prompt": " ".join(f"word{some.randrange(300)}" for _ in range(6)), "response": f"It is {i}."} for i in range(50)]
-    parts = {"answers": rows, "train": rows[:40], "selfinst": rows[40:45], "vicuna": rows[45:]}
+    (made.folder / "answers").mkdir()
+    teachers = re.findall(r"answers/[\w.-]+\.jsonl\.gz", "".join(file.read_text() for file in ROOT.glob("configs/studies/real-text*.yaml")))
+    parts = {"train.jsonl": rows[:40], "selfinst.jsonl": rows[40:45], "vicuna.jsonl": rows[45:]} | dict.fromkeys(teachers, rows)
     for name, own in parts.items():
-        (made.folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in own))
+        with (gzip.open if name.endswith(".gz") else open)(made.folder / name, "wt", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(row)}\n" for row in own)
     done = made.gadjax("run", "configs/quickstart.yaml")
     assert done.returncode == 0, done.stderr
-    shutil.copytree(made.run.with_name("quickstart") / "student", made.folder / "student")
+    shutil.copytree(made.run.with_name("quickstart") / "student", made.run.with_name("real-text-student") / "export" / "language")
     return made
 
 
