@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
+from gadjax import bench as benched
 from gadjax.bench import Bench, bench, lengths_of
+from gadjax.chips import CHIPS
 from gadjax.config import load_config
 from gadjax.errors import UserError
 from gadjax.models.decoder import DecoderConfig
@@ -45,7 +48,16 @@ def test_every_part_is_measured(config: Path, capsys: pytest.CaptureFixture[str]
         assert values["useful_tokens"] == responses[part] + prompts[part]
         assert values["useful_tokens_per_second"] == pytest.approx(values["useful_tokens"] / values["seconds"])
         assert values["needed_gflops_per_second"] > 0 and 0.1 < values["peak_gib"] < 50
+        assert "mfu" not in values  # of a CPU no peak is known
     assert 0 < found["step"]["idle_fraction"] < 1
+
+
+def test_of_a_known_chip_the_share_of_its_peak_is_told(config: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(benched, "chip_of", lambda _: CHIPS["v5e"])
+    made = Bench(
+        load_config(config, []), "gad", DecoderConfig(vocabulary=7, width=4, layers=2, heads=2, kv_heads=1, head_width=3, feed_forward=5), 1
+    )
+    assert made.told(2.0, 10, 197e12)["mfu"] == pytest.approx(1 / 2 / jax.device_count())
 
 
 def test_a_part_that_is_not_there(config: Path):

@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gadjax import plan as planned
+from gadjax.chips import CHIPS, GIB
 from gadjax.cli import main
 from gadjax.config import StudentConfig, load_config
 from gadjax.errors import UserError
@@ -19,6 +22,7 @@ from gadjax.plan import Supposed, plan, plan_of
 from gadjax.planning import suggest
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.hlo import moved
+from gadjax.planning.schedule import Teacher, teacher_of
 from gadjax.planning.student import dims_of, known, known_names
 from gadjax.planning.topology import Topology, topology_of
 from gadjax.planning.workload import Workload
@@ -245,11 +249,48 @@ def test_a_baseline_alone_is_planned_too(config: Path):
     assert both["stages"]["gad"]["seconds_per_step"] == pytest.approx(both["seconds_per_step"])
 
 
+def test_every_teacher_is_paid_and_a_batch_half(config: Path):
+    work = Workload(groups=8, samples=2, data=load_config(config, []).data, prompt_tokens=100, mean_response=400)
+    paid = "{backend: openai, model: gpt-4o, samples: 2}"  # 2.5 and 10 dollars a million tokens
+    others = "{other: {backend: openai, model: gpt-4o-mini, batch: {}}, free: {backend: tutor}}"  # 0.15 and 0.6, in a batch half of it
+    asked = load_config(config, [f"teacher={paid}", f"teachers={others}"])
+    dollars = (2 * 1000 * (100 * 2.5 + 400 * 10) + 1000 * (100 * 0.15 + 400 * 0.6) / 2) / 1e6
+    assert teacher_of(asked, work, prompts=1000) == Teacher(3000, pytest.approx(dollars))
+    unknown = load_config(config, ["teacher={backend: openai, model: nobody-knows}", f"teachers={others}"])
+    assert teacher_of(unknown, work, prompts=1000) == Teacher(2000, None)
+
+
+def test_a_chip_may_be_several_devices(config: Path):
+    found = replace(topology_of("local"), chip=CHIPS["tpu7x"])
+    assert (found.chips, len(found.devices)) == (4, 8)
+    made = plan_of(load_config(config, ["student.random.words=20"]), replace(found, compiles=False), TEXTS)
+    assert (made["chips"], made["devices"]) == (4, 8)
+
+
 def test_the_decode_loop_waits_for_the_longest(config: Path):
     work = Workload(groups=8, samples=2, data=load_config(config, []).data, prompt_tokens=16, mean_response=8)
     each = work.response_tokens(2) / 16
     assert work.decode_steps(slots=16) == 16  # all at once: the longest response
     assert work.decode_steps(slots=4) == 12 * each / 4 + 16
+
+
+def test_what_the_compiler_refuses_is_not_suggested(config: Path, monkeypatch: pytest.MonkeyPatch):
+    refused: list[str] = []
+
+    def measure(step: Any, topology: Topology) -> Any:
+        if not refused:
+            refused.append(step.name)
+            raise RuntimeError("RESOURCE_EXHAUSTED: ran out of memory")
+        return SimpleNamespace(needed_gib=topology.chip.memory / GIB * 2, roofline_seconds=1.0)
+
+    monkeypatch.setattr(suggest, "measure", measure)
+    monkeypatch.setattr(suggest, "COMPILED", 2)
+    loaded, place = load_config(config, ["student.random.words=20"]), topology_of("local")
+    found = suggest.suggest(loaded, place, lambda each: planned.traced_of(each, place, TEXTS))
+    assert refused and found == []  # of four that were tried one was refused, and three need more than there is
+    monkeypatch.setattr(suggest, "measure", lambda *_: (_ for _ in ()).throw(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        suggest.suggest(loaded, place, lambda each: planned.traced_of(each, place, TEXTS))
 
 
 def test_suggestions_are_ranked_and_compiled(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
