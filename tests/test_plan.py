@@ -275,19 +275,18 @@ def test_the_decode_loop_waits_for_the_longest(config: Path):
 
 
 def test_what_the_compiler_refuses_is_not_suggested(config: Path, monkeypatch: pytest.MonkeyPatch):
-    refused: list[str] = []
+    needs = iter([None, 2.0, 0.5, 1.0])  # shares of what there is; None: refused
 
-    def measure(step: Any, topology: Topology) -> Any:
-        if not refused:
-            refused.append(step.name)
+    def measure(_: Any, topology: Topology) -> Any:
+        if (share := next(needs)) is None:
             raise RuntimeError("RESOURCE_EXHAUSTED: ran out of memory")
-        return SimpleNamespace(needed_gib=topology.chip.memory / GIB * 2, roofline_seconds=1.0)
+        return SimpleNamespace(needed_gib=share * topology.chip.memory / GIB, roofline_seconds=share)
 
     monkeypatch.setattr(suggest, "measure", measure)
     monkeypatch.setattr(suggest, "COMPILED", 2)
     loaded, place = load_config(config, ["student.random.words=20"]), topology_of("local")
     found = suggest.suggest(loaded, place, lambda each: planned.traced_of(each, place, TEXTS))
-    assert refused and found == []  # of four that were tried one was refused, and three need more than there is
+    assert [each["roofline_seconds"] for each in found] == [0.5, 1.0]
     monkeypatch.setattr(suggest, "measure", lambda *_: (_ for _ in ()).throw(RuntimeError("another fault")))
     with pytest.raises(RuntimeError, match="another fault"):
         suggest.suggest(loaded, place, lambda each: planned.traced_of(each, place, TEXTS))
