@@ -96,6 +96,17 @@ def reshaped(mesh: Mesh, config: MeshConfig) -> Mesh:
     return Mesh(mesh.devices.reshape(_sizes(config, mesh.size)), AXES, axis_types=AUTO)
 
 
+def for_decoding(mesh: Mesh, kv_heads: int) -> Mesh:
+    """The devices of a mesh, of which `tensor` takes as many from `fsdp` as there are key/value heads for.
+
+    What a step of decoding makes of few tokens with parts of a weight's rows has to be summed over the devices, wide vectors of each; with
+    parts of its heads and of the feed-forward width the caches are as small and the sums narrow (docs/log.md has the figures).
+    """
+    data, fsdp, context, tensor = (mesh.shape[axis] for axis in AXES)
+    taken = 1 if kv_heads % tensor else math.gcd(fsdp, kv_heads // tensor)
+    return Mesh(mesh.devices.reshape(data, fsdp // taken, context, tensor * taken), AXES, axis_types=AUTO)
+
+
 def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
     others = config.data * config.context * config.tensor
     fsdp = max(1, devices // others) if config.fsdp == -1 else config.fsdp

@@ -15,7 +15,7 @@ from gadjax.data.packing import pack
 from gadjax.errors import UserError
 from gadjax.models.decoder import DecoderConfig, discriminator, discriminator_params, language_model
 from gadjax.rollout.config import RolloutConfig
-from gadjax.sharding import MeshConfig, make_mesh, partition, row_multiple
+from gadjax.sharding import MeshConfig, for_decoding, make_mesh, partition, row_multiple
 from gadjax.steps import Models, Programs, responses_of
 
 DIMS = DecoderConfig(vocabulary=16, width=16, layers=1, heads=4, kv_heads=2, head_width=4, feed_forward=32, init_std=0.3)
@@ -49,6 +49,24 @@ def test_dimensions_are_divided_by_their_rule_where_it_divides_them():
 def test_one_mesh_axis_divides_an_array_once():
     with pytest.raises(AssertionError, match="twice"):
         partition(("heads", "mlp"), (4, 4), make_mesh(MeshConfig(tensor=2)))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kv_heads", "decoding"),
+    [
+        (MeshConfig(), 2, (1, 4, 1, 2)),
+        (MeshConfig(), 8, (1, 1, 1, 8)),
+        (MeshConfig(), 3, (1, 8, 1, 1)),
+        (MeshConfig(data=2, tensor=2), 4, (2, 1, 1, 4)),
+        (MeshConfig(fsdp=2, tensor=4), 2, (1, 2, 1, 4)),  # the heads are on every device of `tensor` as it is
+        (MeshConfig(context=2), 2, (1, 2, 2, 2)),
+    ],
+)
+def test_decoding_divides_the_heads(mesh: MeshConfig, kv_heads: int, decoding: tuple[int, ...]):
+    training = make_mesh(mesh)
+    found = for_decoding(training, kv_heads)
+    assert found.devices.shape == decoding and found.axis_names == training.axis_names
+    assert list(found.devices.flat) == list(training.devices.flat)
 
 
 def cycle(mesh: MeshConfig, devices: int, rollout_mesh: MeshConfig | None = None) -> dict[str, np.ndarray]:
@@ -87,6 +105,7 @@ def one() -> dict[str, np.ndarray]:
     ("mesh", "rollout_mesh"),
     [
         (MeshConfig(data=2, fsdp=2, tensor=2), None),
+        (MeshConfig(data=2), None),  # decoding divides the heads
         (MeshConfig(fsdp=2, tensor=4), None),  # which does not divide the two key/value heads: they are on every device
         (MeshConfig(fsdp=2, context=2, tensor=2), MeshConfig(data=2, tensor=4)),  # a row's tokens on four devices; decoding laid out anew
     ],

@@ -22,7 +22,7 @@ from gadjax.rollout.config import RolloutConfig
 from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill, make_weights, weights_axes
 from gadjax.rollout.sampling import stream_keys
 from gadjax.rollout.slots import Decoding, Order, Prompts, empty, fewer, kept
-from gadjax.sharding import jit_on, multiple_of, named_sharding, put, replicated, reshaped
+from gadjax.sharding import for_decoding, jit_on, multiple_of, named_sharding, put, replicated, reshaped
 from gadjax.types import Params, Rollout
 
 Ids = Sequence[int]
@@ -44,7 +44,8 @@ class Engine:
 
     def __init__(self, network: Network, mesh: Mesh, plan: SamplingPlan, prompt_tokens: int, config: RolloutConfig):
         self._network, self._plan, self._prompt_tokens, self._config = network, plan, prompt_tokens, config
-        self._training, self._mesh = mesh, mesh if config.mesh is None else reshaped(mesh, config.mesh)
+        kv_heads = network.bind(network.shapes).trunk.config.kv_heads
+        self._training, self._mesh = mesh, reshaped(mesh, config.mesh) if config.mesh else for_decoding(mesh, kv_heads)
         self._params: Params = {}
         self._version = 0
         mesh = self._mesh
