@@ -148,10 +148,11 @@ def test_prompts_are_prefilled_once_and_in_the_bucket_of_the_longest(monkeypatch
     made = copy(compiled(6, 3))
     prefills, kept = (counted(monkeypatch, made, name) for name in ("_prefill", "_kept"))
     assert_close(made.generate(PROMPTS, KEY, 0), in_few_slots())
-    together = [np.asarray(groups).tolist() for _, _, _, groups, _ in kept]
+    together = [np.asarray(turns).tolist() for _, _, _, turns, _ in kept]
     assert sorted(np.concatenate(together).tolist()) == list(range(B))
     buckets = [tokens.shape for _, tokens in prefills]
-    longest = [max(len(PROMPTS[group]) for group in groups) for groups in together]
+    lengths = sorted(LENGTHS, reverse=True)  # long ones with their like
+    longest = [max(lengths[turn] for turn in turns) for turns in together]
     assert buckets == [(2, 4 if least <= 4 else 8 if least <= 8 else 16) for least in longest] and len(set(buckets)) == 3
 
 

@@ -161,7 +161,9 @@ class Traced:
         weights = next(arguments[0] for name, _, arguments in programs if name == "decode")
         everything = (models.base, student, judge, self.reference, held, weights)
         _, slots, together = engine.sizes(self.work.groups)
-        prefills, steps = self.work.prefills(together), self.work.decode_steps(slots)
+        # The longest is compiled, for its memory; what most take in time, as prompts are, is a part of that.
+        share = engine.bucket(self.work.prompt_tokens) / self.programs.data.max_prompt_tokens
+        prefills, steps = self.work.prefills(together) * share, self.work.decode_steps(slots)
         blocks = min(RESPONSE_BLOCKS, -(-self.programs.data.max_response_tokens // RESPONSE_BLOCK))
         return [
             Step(

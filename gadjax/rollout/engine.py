@@ -64,9 +64,9 @@ class Engine:
     def generate(self, prompts: Sequence[Ids], key: jax.Array, step: int, limits_BN: np.ndarray | None = None) -> Rollout:
         """See `RolloutBackend`. The streams depend on (key, step, group, sample, position)."""
         places, count, together = self.sizes(len(prompts))
-        order, resident, state = self._begin(
-            places, count, *map(self._put, self._asked(prompts, limits_BN)), self._moved(key), self._put(step)
-        )
+        turns_B, *asked = self._asked(prompts, limits_BN)
+        prompts = [prompts[group] for group in turns_B]
+        order, resident, state = self._begin(places, count, *map(self._put, (turns_B, *asked)), self._moved(key), self._put(step))
         decoded = partial(self._decoded, self._weights(self._params), order)
         begun, free, homes, looks = 0, list(range(places)), dict[int, int](), deque[jax.Array]()
         while True:
@@ -86,7 +86,7 @@ class Engine:
             state, _ = decoded(resident, state, begun, FOREVER, few=half)
             state = self._fewer(state, half)
         state, _ = decoded(resident, state, begun, FOREVER)
-        return self._rollout(state, len(prompts))
+        return self._rollout(state, turns_B)
 
     def traced(self, params: Params, held: tuple[Order, Prompts, Decoding]) -> list[tuple[str, Any, Any]]:
         """The programs of a rollout, for a plan, but for those that only begin or move prompts: name, the traced program, its arguments.
@@ -116,7 +116,7 @@ class Engine:
     def resident(self, groups: int) -> tuple[Order, Prompts, Decoding]:
         """Shapes and shardings of what a rollout of so many groups holds on the devices beside the parameters."""
         places, count, _ = self.sizes(groups)
-        asked = jax.eval_shape(lambda: [np.zeros(groups, np.int32)] * 2 + [np.zeros(groups * self._plan.samples, np.int32)])
+        asked = jax.eval_shape(lambda: [np.zeros(groups, np.int32)] * 3 + [np.zeros(groups * self._plan.samples, np.int32)])
         key = jax.eval_shape(jax.random.key, jax.ShapeDtypeStruct((), np.uint32))
         order, prompts, state = jax.eval_shape(partial(self._first, places, count), *asked, key, np.int32(0))
 
@@ -150,6 +150,11 @@ class Engine:
         places = rounded_up(min(groups, self._config.prompts or SPARE * -(-count // samples)))
         return places, count, min(places, multiple * max(1, PREFILL_TOKENS // self._prompt_tokens))
 
+    def bucket(self, prompt_tokens: int) -> int:
+        """How many tokens a prefill of prompts of at most so many computes: a part of P, so that few programs are compiled."""
+        whole = self._prompt_tokens
+        return next(tokens for tokens in (whole // 4, whole // 2, whole) if tokens >= max(prompt_tokens, min(SHORTEST, whole)))
+
     def _halves(self, count: int) -> list[int]:
         """The numbers of slots after `count`."""
         halvings = self._config.halvings
@@ -157,26 +162,37 @@ class Engine:
             halvings = HALVINGS if self._plan.response_tokens >= SHORT else 0
         return [count >> halving for halving in range(1, halvings + 1) if count >> halving >= FEWEST]
 
-    def _asked(self, prompts: Sequence[Ids], limits_BN: np.ndarray | None) -> tuple[Any, ...]:
-        """Lengths and last tokens of the prompts, and the samples' limits."""
+    def _asked(self, prompts: Sequence[Ids], limits_BN: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """The groups by turns; and as these come, lengths and last tokens of the prompts, and the samples' limits.
+
+        Long prompts come first: they are prefilled with their like, and none is filled up to the length of a much longer one.
+        """
+        lengths_B, last_B = np.array([len(prompt) for prompt in prompts]), np.array([prompt[-1] for prompt in prompts])
+        turns_B = np.argsort(-lengths_B, kind="stable")
         all_BN = np.full((len(prompts), self._plan.samples), self._plan.response_tokens)
         limits_BN = all_BN if limits_BN is None else np.minimum(limits_BN, all_BN)
-        return [len(prompt) for prompt in prompts], [prompt[-1] for prompt in prompts], limits_BN.ravel()
+        return turns_B, lengths_B[turns_B], last_B[turns_B], limits_BN[turns_B].ravel()
 
     def _first(
-        self, places: int, count: int, lengths_B: jax.Array, last_B: jax.Array, limits_M: jax.Array, key: jax.Array, step: jax.Array
+        self,
+        places: int,
+        count: int,
+        turns_B: jax.Array,
+        lengths_B: jax.Array,
+        last_B: jax.Array,
+        limits_M: jax.Array,
+        key: jax.Array,
+        step: jax.Array,
     ) -> tuple[Order, Prompts, Decoding]:
         """The order, and nothing done yet."""
-        keys_BN = stream_keys(jax.random.fold_in(key, step), lengths_B.shape[0], self._plan.samples)
+        keys_BN = stream_keys(jax.random.fold_in(key, step), lengths_B.shape[0], self._plan.samples)[turns_B]
         order = Order(lengths_B, last_B, keys_BN.reshape(-1), limits_M)
         trunk = self._network.bind(self._network.shapes).trunk
         return order, *empty(trunk, order, places, self._prompt_tokens, count, self._plan.response_tokens)
 
     def _prefilled(self, resident: Prompts, prompts: Sequence[Ids], new: dict[int, int], together: int) -> Prompts:
         """Prefills prompts; `new` tells the places of these groups."""
-        least = max(len(prompts[group]) for group in new)
-        whole = self._prompt_tokens
-        bucket = next(tokens for tokens in (whole // 4, whole // 2, whole) if tokens >= max(least, min(SHORTEST, whole)))
+        bucket = self.bucket(max(len(prompts[group]) for group in new))
         ids, lengths = np.zeros((together, bucket), np.int32), np.ones(together, np.int32)
         for row, group in enumerate(new):
             lengths[row] = len(prompts[group])
@@ -193,7 +209,7 @@ class Engine:
     def _put(self, values: Any) -> jax.Array:
         return put(np.asarray(values, np.int32), replicated(self._mesh))
 
-    def _rollout(self, state: Decoding, groups: int) -> Rollout:
-        shape = (groups, self._plan.samples)
-        made = [array.reshape(*shape, *array.shape[1:]) for array in jax.device_get(state.responses)]
+    def _rollout(self, state: Decoding, turns_B: np.ndarray) -> Rollout:
+        shape, groups_B = (len(turns_B), self._plan.samples), np.argsort(turns_B)
+        made = [array.reshape(*shape, *array.shape[1:])[groups_B] for array in jax.device_get(state.responses)]
         return Rollout(*made, np.full(shape, self._version, np.int32))  # pyright: ignore[reportCallIssue]
