@@ -27,15 +27,15 @@ SMALL = """
 teacher: {backend: tutor, model: tutor}
 prompts: {train: "tutor:40", validation: "tutor:8"}
 student:
-  random: {width: 512, layers: 5, heads: 4, kv_heads: 2, feed_forward: 1024}
+  random: {width: 1024, layers: 5, heads: 8, kv_heads: 4, feed_forward: 2048}
   compute_dtype: bfloat16
   rematerialise: true
-data: {max_prompt_tokens: 256, max_response_tokens: 256, row_tokens: 1024}
-stages: {gad: {algorithm: gad, from: student, batch_groups: 16, group_size: 4}}
+data: {max_prompt_tokens: 256, max_response_tokens: 1024, row_tokens: 1536}
+stages: {gad: {algorithm: gad, from: student, batch_groups: 16, group_size: 8}}
 """
 LAYOUTS = {  # of the small student
     "v5p:2x2x1": ["rollout.mesh={data: 2, fsdp: 1, tensor: 2}"],
-    "v5e:2x2": ["mesh={fsdp: 1, context: 2, tensor: 2}"],
+    "v5e:2x2": ["mesh={fsdp: 1, context: 2, tensor: 2}", "rollout.mesh={data: 2, fsdp: 2}"],  # all key/value heads on every chip
 }
 
 pytestmark = [
@@ -62,6 +62,8 @@ def test_a_small_student_compiles(tmp_path: Path, topology: str):
     made = planned(str(file), *LAYOUTS[topology], "--topology", topology)
     assert made["chips"] == 4 and all(step["memory_gib"] > 0 for step in made["steps"].values())
     assert made["steps"]["student"]["collectives"]
+    caches = made["arithmetic"]["rollout"]["caches"]
+    assert made["steps"]["decode"]["temporaries_gib"] < 0.75 * caches, "decoding copies its caches"
 
 
 @pytest.mark.parametrize("student", TOPOLOGIES)

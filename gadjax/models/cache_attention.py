@@ -82,10 +82,11 @@ def response_blocks(tokens: int) -> list[int]:
 def _with(block: Block, first: jax.Array | int, positions_S: jax.Array, key: jax.Array, value: jax.Array) -> Block:
     """A block that begins at `first`, with the new tokens that belong into it."""
     keys, values = block
-    every_S, length = jnp.arange(positions_S.shape[0]), values.shape[2]
-    here_S = jnp.where(positions_S >= first, positions_S - first, length)
-    keys = keys.at[every_S, :, :, here_S].set(key, mode="drop", unique_indices=True)
-    return keys, values.at[every_S, :, here_S].set(value, mode="drop", unique_indices=True)
+    slots, heads, length, _ = values.shape
+    every_S1, every_1K = jnp.arange(slots)[:, None], jnp.arange(heads)[None]
+    here_S1 = jnp.where(positions_S >= first, positions_S - first, length)[:, None]
+    keys = keys.at[every_S1, every_1K, :, here_S1].set(key, mode="drop", unique_indices=True)
+    return keys, values.at[every_S1, every_1K, here_S1].set(value, mode="drop", unique_indices=True)
 
 
 def decode(places_S: jax.Array, samples: int, prompt_keys_G: jax.Array, positions_S: jax.Array) -> Attend:

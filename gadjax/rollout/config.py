@@ -46,8 +46,8 @@ class RolloutConfig(Section):
         halvings: how often half of the slots are given up at the end, where no sample waits for them; by default twice where
             responses may be so long that it pays for the compilation. 0: a sample's bits do not depend on the lengths of others
             even where a matrix product's rounding depends on its number of rows.
-        mesh: how weights, prompts and slots lie on the devices while they decode; by default as in training, but that `tensor` takes as many
-            devices from `fsdp` as there are key/value heads for. They are laid out anew on the devices themselves.
+        mesh: how weights, prompts and slots lie on the devices while they decode; by default as in training, but that `tensor` takes as
+            many devices from `fsdp` as there are key/value heads for. They are laid out anew on the devices themselves.
     """
 
     backend: Literal["ours", "remote"] = "ours"
