@@ -18,7 +18,7 @@ from gadjax.cli import main
 from gadjax.config import StudentConfig, load_config
 from gadjax.errors import UserError
 from gadjax.models.decoder import language_model
-from gadjax.plan import Supposed, plan, plan_of
+from gadjax.plan import Supposed, plan, plan_of, traced_of
 from gadjax.planning import suggest
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.hlo import moved
@@ -273,6 +273,15 @@ def test_the_decode_loop_waits_for_the_longest(config: Path):
     each = work.response_tokens(2) / 16
     assert work.decode_steps(slots=16) == 16  # all at once: the longest response
     assert work.decode_steps(slots=4) == 12 * each / 4 + 16
+
+
+def test_short_prompts_are_prefilled_as_such(config: Path):
+    def times(prompt_tokens: int) -> float:
+        texts = Supposed(100, prompt_tokens, 8)
+        traced = traced_of(load_config(config, ["data.max_prompt_tokens=256", "data.row_tokens=512"]), topology_of("local"), texts)
+        return next(step.times for step in traced.rollout() if step.name == "prefill")
+
+    assert times(65) == times(128) == times(256) / 2 == 2 * times(20)
 
 
 def test_what_the_compiler_refuses_is_not_suggested(config: Path, monkeypatch: pytest.MonkeyPatch):
