@@ -99,8 +99,9 @@ def reshaped(mesh: Mesh, config: MeshConfig) -> Mesh:
 def for_decoding(mesh: Mesh, kv_heads: int) -> Mesh:
     """The devices of a mesh, of which `tensor` takes as many from `fsdp` as there are key/value heads for.
 
-    What a step of decoding makes of few tokens with parts of a weight's rows has to be summed over the devices, wide vectors of each; with
-    parts of its heads and of the feed-forward width the caches are as small and the sums narrow (docs/log.md has the figures).
+    What a step of decoding makes of few tokens with parts of a weight's rows has to be summed over the devices, wide vectors of each. With
+    parts of its heads and of the feed-forward width the sums are narrow and the caches no larger than before (docs/log.md has the
+    figures). A vocabulary or feed-forward width that `tensor` does not divide lies on the devices in fewer parts.
     """
     data, fsdp, context, tensor = (mesh.shape[axis] for axis in AXES)
     taken = 1 if kv_heads % tensor else math.gcd(fsdp, kv_heads // tensor)

@@ -15,7 +15,7 @@ import pytest
 
 from gadjax.models.cache_attention import response_blocks
 from gadjax.models.decoder import DecoderConfig, language_model
-from gadjax.rollout import engine
+from gadjax.rollout import decode, engine
 from gadjax.rollout.config import RolloutConfig
 from gadjax.rollout.decode import SamplingPlan
 from gadjax.rollout.engine import Engine
@@ -38,8 +38,8 @@ def params() -> Any:
 
 
 @cache
-def compiled(slots: int | None = None, prompts: int | None = None, plan: SamplingPlan = PLAN, devices: int = 1) -> Engine:
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2) if devices == 8 else MeshConfig()
+def compiled(slots: int | None = None, prompts: int | None = None, plan: SamplingPlan = PLAN, devices: int = 1, tensor: int = 1) -> Engine:
+    mesh = MeshConfig(data=tensor, tensor=tensor)
     made = Engine(NETWORK, make_mesh(mesh, jax.devices()[:devices]), plan, P, RolloutConfig(slots=slots, prompts=prompts, halvings=0))
     made.update(params(), VERSION)
     return made
@@ -106,8 +106,12 @@ def test_halving_the_slots_changes_no_more_than_rounding(monkeypatch):
     assert all(0 < count <= half for count, half in zip(at_work, (20, 10), strict=True)), at_work
 
 
-def test_eight_devices_give_the_samples_of_one():
-    assert_close(with_config(compiled(8, 4, devices=8), look_every=3).generate(PROMPTS, KEY, 0), at_once())
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_eight_devices_give_the_samples_of_one(tensor: int):
+    """Whether decoding lies otherwise than training, or as it does."""
+    made = compiled(8, 4, devices=8, tensor=tensor)
+    assert (made._mesh.shape["tensor"], made._mesh == made._training) == (2, tensor == 2)
+    assert_close(with_config(made, look_every=3).generate(PROMPTS, KEY, 0), at_once())
 
 
 def test_a_group_gives_what_it_gives_among_other_prompts():
@@ -143,7 +147,7 @@ def test_what_fits_is_one_prefill_and_one_loop_without_a_look(monkeypatch):
 
 
 def test_prompts_are_prefilled_once_and_in_the_bucket_of_the_longest(monkeypatch):
-    monkeypatch.setattr(engine, "SHORTEST", 4)
+    monkeypatch.setattr(decode, "SHORTEST", 4)
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 2 * P)
     made = copy(compiled(6, 3))
     prefills, kept = (counted(monkeypatch, made, name) for name in ("_prefill", "_kept"))

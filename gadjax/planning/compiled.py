@@ -27,7 +27,7 @@ class Measured:
         roofline_seconds: the longest of FLOPs, memory and links, each at the chip's limit.
         bound: which of the three it is.
         compile_seconds: that the compiler took.
-        times: how often a step of training runs it.
+        times: how often a step of training runs it (`Step.times`).
     """
 
     arguments_gib: float

@@ -17,6 +17,7 @@ from gadjax.models.cache_attention import RESPONSE_BLOCK, RESPONSE_BLOCKS
 from gadjax.models.decoder import DecoderConfig, Trunk
 from gadjax.planning.flops import Trips
 from gadjax.planning.workload import Workload
+from gadjax.rollout.decode import bucket
 from gadjax.rollout.engine import Engine
 from gadjax.sharding import multiple_of, named_sharding
 from gadjax.steps import Programs
@@ -31,7 +32,8 @@ class Step:
         name: as in the plan.
         traced: gives what it computes and can be compiled.
         trips: how often its loops run that depend on data.
-        times: how often it runs in a step of training; 0 for what runs once before the first one.
+        times: how often it runs in a step of training; 0 for what runs once before the first one. Of prefills, which are compiled for the
+            longest prompts, as many of these as take the time of all, if time goes with tokens (weights are read for short ones too).
         beside: what lies on the devices beside its arguments, a tree of abstract arrays.
     """
 
@@ -162,7 +164,8 @@ class Traced:
         everything = (models.base, student, judge, self.reference, held, weights)
         _, slots, together = engine.sizes(self.work.groups)
         # The longest is compiled, for its memory; what most take in time, as prompts are, is a part of that.
-        share = engine.bucket(self.work.prompt_tokens) / self.programs.data.max_prompt_tokens
+        longest = self.programs.data.max_prompt_tokens
+        share = bucket(self.work.prompt_tokens, longest) / longest
         prefills, steps = self.work.prefills(together) * share, self.work.decode_steps(slots)
         blocks = min(RESPONSE_BLOCKS, -(-self.programs.data.max_response_tokens // RESPONSE_BLOCK))
         return [

@@ -18,6 +18,8 @@ from gadjax.rollout.slots import Cache, Decoding, Order, Prompts, advanced, refi
 from gadjax.sharding import constrain
 from gadjax.types import Params
 
+SHORTEST = 64  # tokens of the shortest prefill
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
@@ -72,6 +74,11 @@ def bound(network: Network, weights: Params) -> tuple[Unrolled, Callable[[jax.Ar
         return jnp.einsum("sd,dv->sv", hidden_SD, weights["head"], preferred_element_type=jnp.float32)
 
     return model.trunk.unrolled(layers), logits
+
+
+def bucket(prompt_tokens: int, most: int) -> int:
+    """P of a prefill for prompts of at most so many tokens: a quarter, a half or all of `most`, so that few programs are compiled."""
+    return next(tokens for tokens in (most // 4, most // 2, most) if tokens >= max(prompt_tokens, min(SHORTEST, most)))
 
 
 def make_prefill(network: Network) -> Callable[[Params, jax.Array], list[Cache]]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from gadjax.models.decoder import Network
 from gadjax.rollout.config import RolloutConfig
-from gadjax.rollout.decode import SamplingPlan, make_decode, make_prefill, make_weights, weights_axes
+from gadjax.rollout.decode import SamplingPlan, bucket, make_decode, make_prefill, make_weights, weights_axes
 from gadjax.rollout.sampling import stream_keys
 from gadjax.rollout.slots import Decoding, Order, Prompts, empty, fewer, kept
 from gadjax.sharding import for_decoding, jit_on, multiple_of, named_sharding, put, replicated, reshaped
@@ -33,7 +33,6 @@ HALVINGS = 2  # of the slots at the end
 FEWEST = 8  # slots that are not halved
 SHORT = 128  # response tokens below which that is not worth its compilation
 PREFILL_TOKENS = 2048  # prefilled together on one device
-SHORTEST = 64  # tokens of the shortest prefill
 NOWHERE = FOREVER = 2**30
 
 
@@ -150,11 +149,6 @@ class Engine:
         places = rounded_up(min(groups, self._config.prompts or SPARE * -(-count // samples)))
         return places, count, min(places, multiple * max(1, PREFILL_TOKENS // self._prompt_tokens))
 
-    def bucket(self, prompt_tokens: int) -> int:
-        """How many tokens a prefill of prompts of at most so many computes: a part of P, so that few programs are compiled."""
-        whole = self._prompt_tokens
-        return next(tokens for tokens in (whole // 4, whole // 2, whole) if tokens >= max(prompt_tokens, min(SHORTEST, whole)))
-
     def _halves(self, count: int) -> list[int]:
         """The numbers of slots after `count`."""
         halvings = self._config.halvings
@@ -192,8 +186,8 @@ class Engine:
 
     def _prefilled(self, resident: Prompts, prompts: Sequence[Ids], new: dict[int, int], together: int) -> Prompts:
         """Prefills prompts; `new` tells the places of these groups."""
-        bucket = self.bucket(max(len(prompts[group]) for group in new))
-        ids, lengths = np.zeros((together, bucket), np.int32), np.ones(together, np.int32)
+        columns = bucket(max(len(prompts[group]) for group in new), self._prompt_tokens)
+        ids, lengths = np.zeros((together, columns), np.int32), np.ones(together, np.int32)
         for row, group in enumerate(new):
             lengths[row] = len(prompts[group])
             ids[row, : lengths[row]] = prompts[group]

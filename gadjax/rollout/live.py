@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from gadjax.models.cache_attention import decode
 from gadjax.models.decoder import Network
-from gadjax.rollout.decode import bound, make_prefill, make_weights
+from gadjax.rollout.decode import bound, bucket, make_prefill, make_weights
 from gadjax.rollout.sampling import draw, integer_probabilities, nucleus
 from gadjax.rollout.slots import Blocks, Prompts, kept, prompt_caches, prompts_on_mesh, response_caches
 from gadjax.sharding import constrain, jit_on, multiple_of, named_sharding, put, replicated
@@ -27,7 +27,6 @@ from gadjax.types import Params
 
 STEPS = 4  # K
 LIKELIEST = 20  # T, as many as OpenAI tells
-SHORTEST = 64  # tokens of the shortest prefill
 
 
 class Slots(NamedTuple):
@@ -208,9 +207,7 @@ class Live:
 
     def admit(self, place: int, prompt: Sequence[int], wishes: Sequence[Wish]) -> None:
         """Puts a prompt of at most P tokens in a free place; up to N slots begin to answer it."""
-        whole = self._prompt_tokens
-        bucket = next(tokens for tokens in (whole // 4, whole // 2, whole) if tokens >= max(len(prompt), min(SHORTEST, whole)))
-        ids = np.zeros((1, bucket), np.int32)
+        ids = np.zeros((1, bucket(len(prompt), self._prompt_tokens)), np.int32)
         ids[0, : len(prompt)] = prompt
         tokens = put(ids, named_sharding(("groups", None), ids.shape, self._mesh))
         at = np.array([place], np.int32)
