@@ -22,6 +22,7 @@ from gadjax.evaluation.config import EvaluationConfig
 from gadjax.foreign import read_whole
 from gadjax.models.adapters import AdaptersConfig
 from gadjax.models.fresh import FreshConfig
+from gadjax.models.rematerialisation import Rematerialise
 from gadjax.optimizer import OptimizerConfig
 from gadjax.prompts import PromptsConfig
 from gadjax.rollout.config import RolloutConfig
@@ -73,14 +74,15 @@ class StudentConfig(Section):
         path: a Hugging Face folder or hub name.
         random: a small fresh model instead, with a tokenizer made from the teacher's words.
         compute_dtype: of activations; parameters and optimizers are float32.
-        rematerialise: gradients keep only each layer's input and compute the rest again: less memory, a third more work.
+        rematerialise: what gradients compute again instead of keeping it. true: of each layer all but its input and what its attention
+            kernel gave; feed_forward: the feed-forward layer, the wider part; false: no matrix product. The less, the more memory.
         template: arguments of the chat template, the same for teacher's and student's side: `{enable_thinking: false}` for Qwen3.
     """
 
     path: str | None = "Qwen/Qwen2.5-7B-Instruct"
     random: FreshConfig | None = None
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    rematerialise: bool = False
+    rematerialise: Rematerialise = False
     template: dict[str, bool | int | str] = Field(default_factory=dict)
 
     @model_validator(mode="before")

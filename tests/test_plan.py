@@ -223,7 +223,9 @@ def test_the_knob_is_the_one_that_helps(config: Path):
         memory = (sum(budget.residents.values()) + 0.9 * worst) * planned.GIB
         return plan_of(loaded, of_memory(found, memory), TEXTS)["knob"]
 
-    assert knob("data.max_response_tokens=200", "data.row_tokens=4096") == "student.rematerialise=true"
+    for again in ("false", "feed_forward"):
+        less = f"student.rematerialise={again}"
+        assert knob("data.max_response_tokens=200", "data.row_tokens=4096", less) == "student.rematerialise=true"
     assert knob("data.row_tokens=40000", "student.rematerialise=true") == "shorter rows: a smaller data.row_tokens"
     assert (
         knob("data.max_prompt_tokens=4000", "data.row_tokens=4016", "student.rematerialise=true")

@@ -16,10 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gadjax.errors import UserError
 from gadjax.models.adapters import ADAPTED, AdaptersConfig, beside, united, within
 from gadjax.models.attention import Attend, Memory
+from gadjax.models.rematerialisation import Rematerialise, policy_of
 from gadjax.models.row_attention import AttendRows, dense
 from gadjax.sharding import constrain
 from gadjax.types import Params
@@ -187,13 +189,13 @@ class Block(nnx.Module):
                 setattr(self, f"{name}_b", b)
 
     def _product(self, x: jax.Array, name: str) -> jax.Array:
-        """`x` through the matrix of this name and its adapters."""
+        """`x` through the matrix of this name and its adapters; a gradient knows the result by the name, too."""
         inputs, adapters = ADAPTED[name], self.config.adapters
         out = linear(x, getattr(self, name)[...], inputs)
-        if adapters is None:
-            return out
-        narrow = linear(x, getattr(self, f"{name}_a")[...], inputs)
-        return out + adapters.scale * linear(narrow, getattr(self, f"{name}_b")[...])
+        if adapters is not None:
+            narrow = linear(x, getattr(self, f"{name}_a")[...], inputs)
+            out += adapters.scale * linear(narrow, getattr(self, f"{name}_b")[...])
+        return checkpoint_name(out, name)
 
     def _attention(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, memory: Memory) -> tuple[jax.Array, Memory]:
         c, biased = self.config, self.config.qkv_bias
@@ -224,8 +226,9 @@ def _biased(x: jax.Array, bias: nnx.Param[jax.Array] | None) -> jax.Array:
 class Trunk(nnx.Module):
     """Embedding, blocks and final norm: tokens to hidden states."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool, rngs: nnx.Rngs):
-        self.config, self.dtype, self.rematerialise = config, dtype, rematerialise
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rematerialise: Rematerialise, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        self.rematerialise: Rematerialise = rematerialise
         self.embedding = _weight(rngs, config.init_std, vocabulary=config.vocabulary, embed=config.width)
         self.blocks = Block(config, rngs)
         self.norm = _ones(norm=config.width)
@@ -253,7 +256,7 @@ class Trunk(nnx.Module):
             x, memory = nnx.merge(structure, weights)(x, angles, attend, memory)
             return _between_layers(x), memory
 
-        layer = jax.checkpoint(layer, policy=None if self.rematerialise else _worth_keeping)
+        layer = jax.checkpoint(layer, policy=policy_of(self.rematerialise))
         x, memory = jax.lax.scan(layer, x, (layers, memory), unroll=self.config.layers <= UNROLLED_LAYERS)
         return rms_norm(x, self.norm[...], self.config.norm_epsilon), memory
 
@@ -281,14 +284,6 @@ class Trunk(nnx.Module):
         return run
 
 
-def _worth_keeping(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Whether a gradient keeps what an operation gave, rather than computing it again.
-
-    Products with weights and the attention kernel are dear. All else is cheap, and memory traffic is not.
-    """
-    return primitive.name == "pallas_call" or (primitive.name == "dot_general" and not params["dimension_numbers"][1][0])
-
-
 def _between_layers(x: jax.Array) -> jax.Array:
     """What a gradient keeps of a layer, divided over all devices; between them weights travel rather than tokens."""
     return constrain(x, "rows", "tokens", *[None] * (x.ndim - 2))
@@ -297,7 +292,7 @@ def _between_layers(x: jax.Array) -> jax.Array:
 class LanguageModel(nnx.Module):
     """The student: a trunk and the projection to the vocabulary."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rematerialise: Rematerialise, rngs: nnx.Rngs):
         self.trunk = Trunk(config, dtype, rematerialise, rngs)
         if not config.tied:
             self.unembedding = _weight(rngs, config.init_std, vocabulary=config.vocabulary, embed=config.width)
@@ -317,7 +312,7 @@ class LanguageModel(nnx.Module):
 class Discriminator(nnx.Module):
     """D(x, y) = w · h(x ⊕ y): a trunk and a scalar head without bias, which would cancel (the paper's section 2)."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rematerialise: Rematerialise, rngs: nnx.Rngs):
         self.trunk = Trunk(config, dtype, rematerialise, rngs)
         self.head = _weight(rngs, 0.02, norm=config.width)
 
@@ -375,12 +370,12 @@ class Network:
         return nnx.merge(self.structure, self.whole(params))
 
 
-def language_model(config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool = False, attend: AttendRows = dense) -> Network:
-    """The student's network, computing in `dtype`. `rematerialise`: gradients keep no more than each layer's input."""
+def language_model(config: DecoderConfig, dtype: jnp.dtype, rematerialise: Rematerialise = False, attend: AttendRows = dense) -> Network:
+    """The student's network, computing in `dtype`. `rematerialise`: see `gadjax.models.rematerialisation`."""
     return Network.of(lambda rngs: LanguageModel(config, dtype, rematerialise, rngs), attend)
 
 
-def discriminator(config: DecoderConfig, dtype: jnp.dtype, rematerialise: bool = False, attend: AttendRows = dense) -> Network:
+def discriminator(config: DecoderConfig, dtype: jnp.dtype, rematerialise: Rematerialise = False, attend: AttendRows = dense) -> Network:
     """The discriminator's network; as `language_model`."""
     return Network.of(lambda rngs: Discriminator(config, dtype, rematerialise, rngs), attend)
 

@@ -23,6 +23,7 @@ from gadjax.types import Cells
 
 BITS = 10  # of the index of a response: groups of at most 1024
 HIDE = 128.0  # exact in bfloat16; its square makes exp of any score 0
+ATTENDED = "attended"  # the name of what the kernel's gradient needs of its forward, for who keeps it
 BLOCKS = (512, 256, 128)  # tokens that the kernel takes at a time; the first that divides the row, which is filled up to the last
 
 
@@ -61,7 +62,9 @@ def _kernel(length: int, shards: int, block: int, interpret: bool) -> tuple[list
     """The kernel for queries in so many parts: what it knows of each block of queries, one part after the other, and the rest."""
     sizes = kernel.BlockSizes(**dict.fromkeys(SIZES, block))
     mask = MultiHeadMask([CausalMask((length, length), shard_count=shards)])  # of every head
-    made = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret)
+    made = kernel.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret, residual_checkpoint_name=ATTENDED
+    )
     return jax.tree.flatten(made)
 
 

@@ -46,7 +46,7 @@ def budget_of(traced: Traced, compiles: bool = True) -> Budget:
         rollout={name: bytes_on_chip(held) / GIB for name, held in rollout.items()},
         step={
             "gradients": 2 * bytes_on_chip(student.params) / GIB,
-            "activations": tokens * dims.width * 2 * dims.layers * (1 if traced.rematerialise else 12) / GIB,
+            "activations": tokens * traced.kept * 2 * dims.layers / GIB,
             "attention": 0.0 if compiles else _scores(traced, tokens) / GIB,
         },
     )
@@ -67,5 +67,5 @@ def knob(budget: Budget, config: Config, topology: Topology) -> str:
     if room <= budget.step["gradients"]:
         return _MORE if config.adapters else f"train adapters on one frozen base, adapters={{rank: 64}}, or {_MORE}"
     if budget.step["activations"] + budget.step["attention"] > room - budget.step["gradients"]:
-        return "student.rematerialise=true" if not config.student.rematerialise else "shorter rows: a smaller data.row_tokens"
+        return "shorter rows: a smaller data.row_tokens" if config.student.rematerialise is True else "student.rematerialise=true"
     return "fewer decode slots: a smaller rollout.slots"

@@ -23,7 +23,8 @@ def matrix_flops(jaxpr: Any, trips: Trips) -> float:
 
 
 def _count(jaxpr: Any, trips: Trips, depth: int) -> float:
-    return sum(_of_equation(equation, trips, depth) for equation in jaxpr.eqns)
+    # What gives and does nothing is dead, and the compiler leaves it out: of what is kept, the computation that made it.
+    return sum(_of_equation(equation, trips, depth) for equation in jaxpr.eqns if equation.outvars or equation.effects)
 
 
 def _of_equation(equation: Any, trips: Trips, depth: int) -> float:

@@ -15,6 +15,8 @@ from gadjax.data.packing import RowShape
 from gadjax.models.adapters import without
 from gadjax.models.cache_attention import RESPONSE_BLOCK, RESPONSE_BLOCKS
 from gadjax.models.decoder import DecoderConfig, Trunk
+from gadjax.models.rematerialisation import KEPT
+from gadjax.models.splash_attention import ATTENDED
 from gadjax.planning.flops import Trips
 from gadjax.planning.workload import Workload
 from gadjax.rollout.decode import bucket
@@ -93,9 +95,13 @@ class Traced:
         return self.programs.algorithm.discriminator is not None
 
     @property
-    def rematerialise(self) -> bool:
-        """Whether gradients keep only each layer's input."""
-        return self._trunk.rematerialise
+    def kept(self) -> int:
+        """How many numbers of the compute dtype gradients keep of a token in a layer: its input and what is not computed again."""
+        dims, kernel = self.dims, self.programs.models.mesh.devices.flat[0].platform == "tpu"
+        queries, keys = dims.heads * dims.head_width, dims.kv_heads * dims.head_width
+        widths = {"query": queries, "key": keys, "value": keys, "output": dims.width, "gate": dims.feed_forward, "up": dims.feed_forward}
+        widths[ATTENDED] = (queries + 2 * dims.heads) if kernel else 0  # and of each head a float32
+        return dims.width + sum(widths[name] for name in KEPT[self._trunk.rematerialise])
 
     @property
     def rows_parts(self) -> int:

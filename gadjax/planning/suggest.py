@@ -1,4 +1,4 @@
-"""Meshes, rows and micro-batches that suit a topology: ranked by arithmetic, the best three compiled."""
+"""Meshes, rows, micro-batches and what gradients keep, as they suit a topology: ranked by arithmetic, the best three compiled."""
 
 import itertools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from gadjax.chips import GIB
 from gadjax.config import Config
 from gadjax.data.packing import RowShape
 from gadjax.errors import UserError
+from gadjax.models.rematerialisation import KEPT, Rematerialise
 from gadjax.planning.budget import budget_of
 from gadjax.planning.compiled import measure
 from gadjax.planning.flops import matrix_flops
@@ -20,6 +21,9 @@ CONTEXTS = (1, 2, 4)
 ROW_TOKENS = (4096, 6144, 8192, 12288, 16384)
 ROWS = (1, 2, 4)  # of a micro-batch, for each device that has rows of its own
 COMPILED = 3
+REFUSED = 9  # more that are tried for these, where the compiler finds that they do not fit after all
+
+Works = dict[tuple[RowShape, Rematerialise], tuple[float, int]]
 
 
 def suggest(config: Config, topology: Topology, traced_of: Callable[[Config], Traced]) -> list[dict[str, Any]]:
@@ -30,12 +34,12 @@ def suggest(config: Config, topology: Topology, traced_of: Callable[[Config], Tr
     three times. Copies of the weights, the axis `data`, would take memory and save nothing of that. What does not fit, by arithmetic or by
     the compiler, is left out.
     """
-    works: dict[RowShape, tuple[float, int]] = {}
+    works: Works = {}
     samples = traced_of(config).programs.samples
     judged = (_judge(each, topology, traced_of, works) for each in _candidates(config, topology, samples))
     ranked = sorted((found for found in judged if found), key=lambda found: found[0])
     suggestions: list[dict[str, Any]] = []
-    for seconds, candidate, traced in ranked[: 2 * COMPILED]:
+    for seconds, candidate, traced in ranked[: COMPILED + REFUSED]:
         if len(suggestions) == COMPILED:
             break
         try:
@@ -46,7 +50,8 @@ def suggest(config: Config, topology: Topology, traced_of: Callable[[Config], Tr
             continue
         if measured.needed_gib <= topology.chip.memory / GIB:
             told = {f"mesh.{axis}": size for axis, size in candidate.mesh.model_dump().items()}
-            told |= {"data.row_tokens": candidate.data.row_tokens, "data.rows": candidate.data.rows, "arithmetic_seconds": seconds}
+            told |= {"data.row_tokens": candidate.data.row_tokens, "data.rows": candidate.data.rows}
+            told |= {"student.rematerialise": candidate.student.rematerialise, "arithmetic_seconds": seconds}
             suggestions.append(told | {"needed_gib": measured.needed_gib, "roofline_seconds": measured.roofline_seconds})
     return suggestions
 
@@ -56,20 +61,19 @@ def _candidates(config: Config, topology: Topology, samples: int) -> list[Config
     shortest, largest = (data.max_prompt_tokens + responses * data.max_response_tokens for responses in (1, 1 + samples))
     lengths = [size for size in ROW_TOKENS if shortest <= size <= largest] or [data.row_tokens]
     found = []
-    for tensor, context, length, rows in itertools.product(TENSORS, CONTEXTS, lengths, ROWS):
+    for tensor, context, length, rows, again in itertools.product(TENSORS, CONTEXTS, lengths, ROWS, KEPT):
         if devices % (tensor * context) == 0:
             mesh = MeshConfig(fsdp=devices // (tensor * context), context=context, tensor=tensor)
-            update = {"row_tokens": length, "rows": rows * mesh.fsdp}
-            found.append(config.model_copy(update={"mesh": mesh, "data": data.model_copy(update=update)}))
+            cut = data.model_copy(update={"row_tokens": length, "rows": rows * mesh.fsdp})
+            student = config.student.model_copy(update={"rematerialise": again})
+            found.append(config.model_copy(update={"mesh": mesh, "data": cut, "student": student}))
     return found
 
 
-def _judge(
-    config: Config, topology: Topology, traced_of: Callable[[Config], Traced], works: dict[RowShape, tuple[float, int]]
-) -> tuple[float, Config, Traced] | None:
+def _judge(config: Config, topology: Topology, traced_of: Callable[[Config], Traced], works: Works) -> tuple[float, Config, Traced] | None:
     """Seconds of the student's step by arithmetic; None for what does not fit or cannot be.
 
-    `works` is filled with each shape's FLOPs and micro-batches, which do not depend on the mesh.
+    `works` is filled with the FLOPs and micro-batches of each shape of rows, which do not depend on the mesh.
     """
     try:
         traced = traced_of(config)
@@ -80,10 +84,11 @@ def _judge(
         return None
     each = traced.programs.samples if traced.judges else 1
     shape = traced.programs.rows(each)
-    if shape not in works:
+    kind = shape, config.student.rematerialise
+    if kind not in works:
         step = traced.student()
-        works[shape] = matrix_flops(step.traced.jaxpr.jaxpr, step.trips), traced.work.rows_used(shape, each)
-    flops, micro_batches = works[shape]
+        works[kind] = matrix_flops(step.traced.jaxpr.jaxpr, step.trips), traced.work.rows_used(shape, each)
+    flops, micro_batches = works[kind]
     weights = 2.0 * sum(leaf.size for leaf in _leaves(traced)) / tensor
     tokens = 2.0 * dims.layers * shape.rows * shape.length / traced.rows_parts  # bytes for each number of every layer
     travels = 8 * dims.width * tokens / config.mesh.context if tensor > 1 else 0.0
