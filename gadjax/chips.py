@@ -37,8 +37,9 @@ CHIPS = {
     "v6e": Chip("TPU v6 lite", memory=31.25 * GIB, flops=918e12, bandwidth=1638e9, links=400e9),
     "tpu7x": Chip("TPU7x", memory=94.75 * GIB, flops=2307e12 / 2, bandwidth=7380e9 / 2, links=600e9 / 2, devices=2),
 }
-# GPUs, by their maker's data sheets; nothing is compiled for them, so that a plan, for one of them, is by arithmetic alone.
+# GPUs, by their maker's data sheets; of NVLink they tell both ways together.
 GPUS = {
+    "a100": Chip("NVIDIA A100", memory=80e9, flops=312e12, bandwidth=2039e9, links=300e9),
     "h100": Chip("NVIDIA H100", memory=80e9, flops=989e12, bandwidth=3350e9, links=450e9),
     "h200": Chip("NVIDIA H200", memory=141e9, flops=989e12, bandwidth=4800e9, links=450e9),
 }

@@ -295,15 +295,15 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     topology: Annotated[
-        str, typer.Option(help="Chips to plan for, as v5p:2x2x4 or v5e:4x4, or `local` for the devices at hand.")
+        str, typer.Option(help="Chips to plan for, as v5p:2x2x4 or v5e:4x4, h100 or h100:8, or `local` for the devices at hand.")
     ] = "local",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to train on.")] = 200_000,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt, for hours and prices; memory is that of the longest.")] = 100,
     response_tokens: Annotated[int, typer.Option(min=1, help="Of a response, in the mean.")] = 400,
-    suggest: Annotated[bool, typer.Option("--suggest", help="Rank meshes and rows, and compile the best three.")] = False,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Rank meshes, rows and what is kept; compile the best three.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tell what a config needs on a TPU, how long it takes and what it costs; needs no TPU, weights or data.
+    """Tell what a config needs on a TPU or GPU, how long it takes and what it costs; needs no TPU, GPU, weights or data.
 
     Example: gadjax plan configs/paper/qwen2.5-7b.yaml --topology v5p:2x2x4
     """
@@ -344,6 +344,8 @@ def toy(
 
 def _call(command: str, *arguments: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it tells that PyTorch, which is not needed, is missing
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, which JAX does not take beside the other
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.94")  # of a GPU; by default three quarters, and a plan counts on all of it
     pkgutil.resolve_name(COMMANDS[command])(*arguments)
 
 

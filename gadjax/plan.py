@@ -102,13 +102,13 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
         except Exception as error:  # the compiler's own, of which only the text tells what it is
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return made | {"why": f"{step.name}: {_first_line(error)}", "knob": knob(budget, config, topology)}
+            return made | {"why": f"{step.name}: {_first_line(error)}", "knob": knob(budget, config, topology, step.name)}
         made["steps"][step.name] = measured[step.name].told()
     worst = max(measured, key=lambda name: measured[name].needed_gib)
     made["run"] = _run(config, topology, texts, traced, budget, measured)
     if measured[worst].needed_gib > limit:
         why = f"{worst} needs {measured[worst].needed_gib:.1f} GiB a chip, which has {limit:.1f}"
-        return made | {"why": why, "knob": knob(budget, config, topology)}
+        return made | {"why": why, "knob": knob(budget, config, topology, worst)}
     return made | {"fits": True}
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 from pydantic import Field, field_validator
@@ -88,7 +89,8 @@ class MeshConfig(Section):
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config over `devices` (all of them by default). A mesh that they do not fill is a UserError."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(_sizes(config, len(devices)), AXES, axis_types=AUTO, devices=tuple(devices))
+    # `jax.make_mesh` would have no 8 x 2 of a torus of 4 x 4 chips, whose own axes it does not divide.
+    return Mesh(create_device_mesh(_sizes(config, len(devices)), devices, allow_split_physical_axes=True), AXES, axis_types=AUTO)
 
 
 def reshaped(mesh: Mesh, config: MeshConfig) -> Mesh:

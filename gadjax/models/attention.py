@@ -3,6 +3,7 @@
 Letters: M rows, L tokens of a row, Q queries, W keys, K key/value heads, G query heads per key/value head, H head width.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +13,10 @@ import jax.numpy as jnp
 MASKED = -1e30
 
 Memory = Any  # what a layer reads from, or leaves for, another call: a pytree whose leaves lead with the layers, or None
+
+
+# [M, Q, K, G, H] of queries [M, Q, K, G, H], keys and values [M, W, K, H], and [M, Q, W], which is added to the scores.
+BiasedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Attend(Protocol):

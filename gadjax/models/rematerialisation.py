@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 
+from gadjax.models.cudnn_attention import KERNEL
 from gadjax.models.splash_attention import ATTENDED
 
 Rematerialise = Literal[True, False, "feed_forward"]
@@ -22,6 +23,11 @@ KEPT: dict[Rematerialise, tuple[str, ...]] = {
 }
 
 
-def policy_of(rematerialise: Rematerialise) -> Callable[..., Any]:
+def policy_of(rematerialise: Rematerialise) -> Callable[..., bool]:
     """For `jax.checkpoint` of a layer, in which results have names. All that has none is cheap, and memory traffic is not."""
-    return jax.checkpoint_policies.save_only_these_names(*KEPT[rematerialise])
+    named = jax.checkpoint_policies.save_only_these_names(*KEPT[rematerialise])
+
+    def keeps(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+        return primitive.name == KERNEL or named(primitive, *operands, **parameters)
+
+    return keeps

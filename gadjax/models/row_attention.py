@@ -9,7 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gadjax.models.attention import MASKED, Attend, Memory, biased_attention, group_mask
+from gadjax.models.attention import MASKED, Attend, BiasedAttention, Memory, biased_attention, group_mask
+from gadjax.models.cudnn_attention import FUSED_QUERIES, fused_attention, serves
 from gadjax.models.splash_attention import splash
 from gadjax.types import Cells
 
@@ -18,17 +19,17 @@ AttendRows = Callable[[Cells], Attend]
 QUERIES = 64  # of a block
 
 
-def dense(cells: Cells) -> Attend:
+def dense(cells: Cells, attention: BiasedAttention = biased_attention) -> Attend:
     """Every token against every other one, under a mask that is made once and shared by all layers."""
     bias_MLL = jnp.where(group_mask(cells.segments_ML, cells.responses_ML), 0.0, MASKED)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
-        return biased_attention(query, key, value, bias_MLL), memory
+        return attention(query, key, value, bias_MLL), memory
 
     return attend
 
 
-def blocks(prompt_tokens: int, response_tokens: int, queries: int = QUERIES) -> AttendRows:
+def blocks(prompt_tokens: int, response_tokens: int, queries: int = QUERIES, attention: BiasedAttention = biased_attention) -> AttendRows:
     """Blocks of Q tokens, each against its window and its prompt: P + R + Q keys a token, whatever the row's length.
 
     The window ends with the block and begins R tokens (rounded up to blocks) before it, so that it holds what a token may see of
@@ -39,6 +40,7 @@ def blocks(prompt_tokens: int, response_tokens: int, queries: int = QUERIES) -> 
         prompt_tokens: P, the longest prompt.
         response_tokens: R, the longest response.
         queries: Q.
+        attention: of each block.
     """
     behind = -(-response_tokens // queries)  # blocks of the window before its last one
 
@@ -79,7 +81,7 @@ def blocks(prompt_tokens: int, response_tokens: int, queries: int = QUERIES) -> 
             query_Q = in_blocks(query)
             query_Q = query_Q.reshape(-1, *query_Q.shape[2:])
             key_W, value_W = (keys(array).reshape(query_Q.shape[0], -1, *array.shape[2:]) for array in (key, value))
-            out = biased_attention(query_Q, key_W, value_W, bias)
+            out = attention(query_Q, key_W, value_W, bias)
             return out.reshape(rows, -1, *query.shape[2:])[:, :length], memory
 
         return attend
@@ -87,15 +89,19 @@ def blocks(prompt_tokens: int, response_tokens: int, queries: int = QUERIES) -> 
     return for_rows
 
 
-def automatic(prompt_tokens: int, response_tokens: int, platform: str) -> AttendRows:
-    """On a TPU its kernel, and elsewhere what computes less in rows of the length that they are given: short rows are dense."""
+def automatic(prompt_tokens: int, response_tokens: int, platform: str, dtype: jnp.dtype, head_width: int) -> AttendRows:
+    """By a kernel where the platform has one for such numbers, and in what computes less in rows of the length that they are given: on
+    a TPU the kernel takes whole rows, and elsewhere short rows are dense.
+    """
     if platform == "tpu":
         return splash
-    in_blocks = blocks(prompt_tokens, response_tokens)
+    fused = platform == "gpu" and serves(dtype, head_width)
+    attention, queries, even = (fused_attention, FUSED_QUERIES, 2) if fused else (biased_attention, QUERIES, 1)
+    in_blocks = blocks(prompt_tokens + prompt_tokens % even, response_tokens, queries, attention)
 
     def for_rows(cells: Cells) -> Attend:
-        keys = prompt_tokens + response_tokens + QUERIES
-        return (dense if cells.tokens_ML.shape[1] < 2 * keys else in_blocks)(cells)
+        keys, length = prompt_tokens + response_tokens + queries, cells.tokens_ML.shape[1]
+        return in_blocks(cells) if length >= 2 * keys or length % even else dense(cells, attention)
 
     return for_rows
 

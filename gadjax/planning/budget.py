@@ -47,7 +47,7 @@ def budget_of(traced: Traced, compiles: bool = True) -> Budget:
         step={
             "gradients": 2 * bytes_on_chip(student.params) / GIB,
             "activations": tokens * traced.kept * 2 * dims.layers / GIB,
-            "attention": 0.0 if compiles else _scores(traced, tokens) / GIB,
+            "attention": 0.0 if compiles or traced.fused else _scores(traced, tokens) / GIB,
         },
     )
 
@@ -58,14 +58,15 @@ def _scores(traced: Traced, tokens: float) -> float:
     return 3 * 4 * tokens * traced.dims.heads * (data.max_prompt_tokens + data.max_response_tokens + QUERIES)
 
 
+TRAINING = ("discriminator", "student")  # programs that compute gradients
 _MORE = "take more chips: both models with their optimizers need as much as this, however the work is cut"
 
 
-def knob(budget: Budget, config: Config, topology: Topology) -> str:
-    """What to change so that it fits."""
+def knob(budget: Budget, config: Config, topology: Topology, program: str | None = None) -> str:
+    """What to change so that it fits. `program`: the one that does not, by the compiler; None: by arithmetic."""
     room = topology.chip.memory / GIB - sum(budget.residents.values())
     if room <= budget.step["gradients"]:
         return _MORE if config.adapters else f"train adapters on one frozen base, adapters={{rank: 64}}, or {_MORE}"
-    if budget.step["activations"] + budget.step["attention"] > room - budget.step["gradients"]:
+    if program in TRAINING or sum(budget.step.values()) > room:
         return "shorter rows: a smaller data.row_tokens" if config.student.rematerialise is True else "student.rematerialise=true"
     return "fewer decode slots: a smaller rollout.slots"

@@ -8,7 +8,7 @@ from gadjax.chips import GIB
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.hlo import moved
 from gadjax.planning.programs import Step, bytes_on_chip
-from gadjax.planning.topology import LOCAL, Topology
+from gadjax.planning.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def measure(step: Step, topology: Topology) -> Measured:
 
 
 def _peak(memory: Any, topology: Topology) -> float:
-    """The compiler's peak; that of devices at hand may leave temporaries out, so that there all that it lists is added up.
+    """The compiler's peak; a GPU's has none, and that of devices at hand may leave temporaries out: there all that it lists is added up.
 
     For a TPU the sum would be too much: the compiler takes programs whose sum is more than the chip has, and refuses by its peak.
     """
-    if topology.name != LOCAL:
+    if not topology.adds_up:
         return memory.peak_memory_in_bytes
     return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes

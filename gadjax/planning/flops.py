@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}  # cuDNN's, with products of Q x W x H each
+
 Trips = Callable[[int], float]  # depth of a loop whose bounds are data -> how often it runs
 
 
@@ -39,6 +41,9 @@ def _of_equation(equation: Any, trips: Trips, depth: int) -> float:
         return trips(depth) * _count(params["body_jaxpr"].jaxpr, trips, depth + 1)
     if name == "cond":
         return max(_count(branch.jaxpr, trips, depth) for branch in params["branches"])
+    if name in FUSED:
+        queries, keys = (equation.invars[index].aval.shape for index in (0, 1))  # [M, Q, heads, H], [M, W, ..]
+        return FUSED[name] * 2.0 * math.prod(queries) * keys[1]
     inner = sum(_count(each, trips, depth) for each in _inner(params))
     if name == "pallas_call":
         blocks = params["grid_mapping"].grid

@@ -14,6 +14,7 @@ from gadjax.algorithms.stage import Guidance
 from gadjax.data.packing import RowShape
 from gadjax.models.adapters import without
 from gadjax.models.cache_attention import RESPONSE_BLOCK, RESPONSE_BLOCKS
+from gadjax.models.cudnn_attention import serves
 from gadjax.models.decoder import DecoderConfig, Trunk
 from gadjax.models.rematerialisation import KEPT
 from gadjax.models.splash_attention import ATTENDED
@@ -95,12 +96,18 @@ class Traced:
         return self.programs.algorithm.discriminator is not None
 
     @property
+    def fused(self) -> bool:
+        """Whether attention in rows is a kernel, which keeps no scores."""
+        platform = self.programs.models.mesh.devices.flat[0].platform
+        return platform == "tpu" or (platform == "gpu" and serves(self._trunk.dtype, self.dims.head_width))
+
+    @property
     def kept(self) -> int:
         """How many numbers of the compute dtype gradients keep of a token in a layer: its input and what is not computed again."""
-        dims, kernel = self.dims, self.programs.models.mesh.devices.flat[0].platform == "tpu"
+        dims = self.dims
         queries, keys = dims.heads * dims.head_width, dims.kv_heads * dims.head_width
         widths = {"query": queries, "key": keys, "value": keys, "output": dims.width, "gate": dims.feed_forward, "up": dims.feed_forward}
-        widths[ATTENDED] = (queries + 2 * dims.heads) if kernel else 0  # and of each head a float32
+        widths[ATTENDED] = (queries + 2 * dims.heads) if self.fused else 0  # and of each head a float32
         return dims.width + sum(widths[name] for name in KEPT[self._trunk.rematerialise])
 
     @property

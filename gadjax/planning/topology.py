@@ -1,6 +1,7 @@
 """The chips that a plan is for, and devices to compile for without having them."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from jax.experimental import topologies
 
 from gadjax.chips import CHIPS, GPUS, Chip, chip_of
 from gadjax.errors import UserError
+from gadjax.planning.gpus import gpus
 
 LOCAL = "local"
 ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else each of a v4 chip's two cores is one
@@ -24,12 +26,14 @@ class Topology:
         chip: one of them.
         devices: to compile for.
         compiles: whether the compiler of these chips is here.
+        adds_up: whether memory is all that the compiler lists, and not its peak.
     """
 
     name: str
     chip: Chip
     devices: Sequence[Any]
     compiles: bool = True
+    adds_up: bool = False
 
     @property
     def chips(self) -> int:
@@ -43,18 +47,18 @@ class Topology:
 
 
 def topology_of(name: str) -> Topology:
-    """The topology `<chip>:<a>x<b>[x<c>]`, one of `GPUS`, or `local` for the devices at hand.
+    """The topology `<chip>:<a>x<b>[x<c>]`, one of `GPUS` or several in a host, `<gpu>:<count>`, or `local` for the devices at hand.
 
     Raises:
         UserError: the chip is not known, the compiler does not know the topology, or there is no compiler for TPUs.
     """
     if name == LOCAL:
-        return Topology(name, _local(), jax.devices())
-    if name in GPUS:
-        return Topology(name, GPUS[name], jax.devices()[:1], compiles=False)
+        return Topology(name, _local(), jax.devices(), adds_up=True)
     kind, _, shape = name.partition(":")
+    if kind in GPUS and re.fullmatch("[1-9][0-9]*|", shape):
+        return _gpus(name, kind, int(shape or 1))
     if kind not in CHIPS or not shape:
-        others = ", ".join([*GPUS, LOCAL])
+        others = ", ".join([*GPUS, f"{next(iter(GPUS))}:8", LOCAL])
         raise UserError("--topology", f"{name} is not known", f"write CHIP:SHAPE as v5p:2x2x4, CHIP one of {', '.join(CHIPS)}; or {others}")
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **ONE_DEVICE.get(kind, {}))
@@ -63,6 +67,17 @@ def topology_of(name: str) -> Topology:
         mend = "install gadjax[tpu], or write another shape, such as v5e:4x4 or v5p:2x2x4"
         raise UserError("--topology", f"{name} cannot be compiled for ({reason})", mend) from error
     return Topology(name, CHIPS[kind], found.devices)
+
+
+def _gpus(name: str, kind: str, count: int) -> Topology:
+    """GPUs of a host; without their compiler one of them can still be planned for by arithmetic."""
+    try:
+        return Topology(name, GPUS[kind], gpus(kind, GPUS[kind], count), adds_up=True)
+    except Exception as error:  # the plug-in raises what it likes
+        if count > 1:
+            reason = str(error).splitlines()[0]
+            raise UserError("--topology", f"{name} cannot be compiled for ({reason})", "install gadjax[cuda]") from error
+    return Topology(name, GPUS[kind], jax.devices()[:1], compiles=False)
 
 
 def _local() -> Chip:
