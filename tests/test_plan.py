@@ -13,14 +13,15 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gadjax import plan as planned
-from gadjax.chips import CHIPS, GIB
+from gadjax.chips import CHIPS, GIB, GPUS
 from gadjax.cli import main
 from gadjax.config import StudentConfig, load_config
 from gadjax.errors import UserError
 from gadjax.models.decoder import language_model
 from gadjax.plan import Supposed, plan, plan_of, traced_of
-from gadjax.planning import suggest
+from gadjax.planning import suggest, topology
 from gadjax.planning.flops import matrix_flops
+from gadjax.planning.gpus import OF, target_of
 from gadjax.planning.hlo import moved
 from gadjax.planning.schedule import Teacher, teacher_of
 from gadjax.planning.student import dims_of, known, known_names
@@ -196,11 +197,16 @@ def test_what_cannot_fit_is_told_before_anything_is_compiled(config: Path, monke
     assert "by arithmetic" in made["why"] and "take more chips" in made["knob"]
 
 
+def no_compiler(*_: Any) -> Any:
+    raise RuntimeError("Unknown backend cuda\nand more")
+
+
 @pytest.mark.parametrize(("student", "fits"), [("qwen2.5-7b", False), ("qwen2.5-7b-adapters", True)])
 def test_one_gpu_is_planned_for_by_arithmetic_and_adapters_make_it_enough(
     student: str, fits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(planned, "measure", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(topology, "gpus", no_compiler)
     file = Path(__file__).parent.parent / "configs" / "paper" / f"{student}.yaml"
     plan(file, [], "h100", (100, 100, 400), False, False)
     said = " ".join(capsys.readouterr().out.split())
@@ -231,6 +237,39 @@ def test_the_knob_is_the_one_that_helps(config: Path):
         knob("data.max_prompt_tokens=4000", "data.row_tokens=4016", "student.rematerialise=true")
         == "fewer decode slots: a smaller rollout.slots"
     )
+
+
+def test_the_knob_is_for_the_program_that_does_not_fit(config: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded, found = load_config(config, ["student.random.words=20"]), topology_of("local")
+    real_measure = planned.measure
+    for worst, knob in (("student", "student.rematerialise=true"), ("decode", "fewer decode slots: a smaller rollout.slots")):
+
+        def measure(step: Any, topology: Topology, worst: str = worst) -> Any:
+            real = real_measure(step, topology)
+            return replace(real, peak_gib=1e9) if step.name == worst else real
+
+        monkeypatch.setattr(planned, "measure", measure)
+        made = plan_of(loaded, found, TEXTS)
+        assert not made["fits"] and made["why"].startswith(worst) and made["knob"] == knob
+
+
+def test_several_gpus_need_their_compiler(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(topology, "gpus", no_compiler)
+    with pytest.raises(UserError, match=r"^--topology: h100:8 cannot be compiled for \(Unknown backend cuda\); install gadjax\[cuda\]$"):
+        topology_of("h100:8")
+    with pytest.raises(UserError, match=r"^--topology: h100:many is not known; write CHIP:SHAPE"):
+        topology_of("h100:many")
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(topology, "gpus", lambda *told: asked.append(told) or jax.devices()[: told[2]])
+    found = topology_of("a100:4")
+    assert asked == [("a100", GPUS["a100"], 4)] and found.compiles and found.chips == 4 and found.adds_up
+
+
+def test_a_gpu_is_told_of_in_words():
+    told = target_of(OF["h100"], GPUS["h100"])
+    assert "core_count: 132 " in told and "device_memory_size: 80000000000 " in told
+    assert "shared_memory_per_block_optin: 232448 " in told and "cuda_compute_capability { major: 9 minor: 0 }" in told
+    assert OF.keys() == GPUS.keys()
 
 
 def test_mistakes_are_told(config: Path):
