@@ -99,15 +99,16 @@ def reshaped(mesh: Mesh, config: MeshConfig) -> Mesh:
 
 
 def for_decoding(mesh: Mesh, kv_heads: int) -> Mesh:
-    """The devices of a mesh, of which `tensor` takes as many from `fsdp` as there are key/value heads for.
+    """The devices of a mesh, of which `tensor` takes as many from the others but `data` as there are key/value heads for.
 
     What a step of decoding makes of few tokens with parts of a weight's rows has to be summed over the devices, wide vectors of each. With
     parts of its heads and of the feed-forward width the sums are narrow and the caches no larger than before (docs/log.md has the
     figures). A vocabulary or feed-forward width that `tensor` does not divide lies on the devices in fewer parts.
     """
     data, fsdp, context, tensor = (mesh.shape[axis] for axis in AXES)
-    taken = 1 if kv_heads % tensor else math.gcd(fsdp, kv_heads // tensor)
-    return Mesh(mesh.devices.reshape(data, fsdp // taken, context, tensor * taken), AXES, axis_types=AUTO)
+    others = fsdp * context  # there are no rows whose tokens could be divided
+    taken = 1 if kv_heads % tensor else math.gcd(others, kv_heads // tensor)
+    return Mesh(mesh.devices.reshape(data, others // taken, 1, tensor * taken), AXES, axis_types=AUTO)
 
 
 def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:

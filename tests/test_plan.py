@@ -201,23 +201,23 @@ def no_compiler(*_: Any) -> Any:
     raise RuntimeError("Unknown backend cuda\nand more")
 
 
-@pytest.mark.parametrize(("student", "fits"), [("qwen2.5-7b", False), ("qwen2.5-7b-adapters", True)])
+@pytest.mark.parametrize(("student", "fits"), [("qwen2.5-7b", False), ("one-gpu", True)])
 def test_one_gpu_is_planned_for_by_arithmetic_and_adapters_make_it_enough(
     student: str, fits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(planned, "measure", lambda *_: pytest.fail("compiled"))
     monkeypatch.setattr(topology, "gpus", no_compiler)
     file = Path(__file__).parent.parent / "configs" / "paper" / f"{student}.yaml"
-    plan(file, [], "h100", (100, 100, 400), False, False)
+    plan(file, ["mesh.context=1"], "h100", (100, 100, 400), False, False)
     said = " ".join(capsys.readouterr().out.split())
     assert ("h100, 1 chips of 74.5 GiB: fits; by arithmetic" in said) == fits and "nothing is compiled for it" in said
     assert ("change train adapters on one frozen base, adapters={rank: 64}" in said) != fits
-    residents = plan_of(load_config(file, []), topology_of("h100"), TEXTS)["arithmetic"]["residents"]
+    residents = plan_of(load_config(file, ["mesh.context=1"]), topology_of("h100"), TEXTS)["arithmetic"]["residents"]
     base, own = (2 * 7.615e9, 12 * 161.5e6) if fits else (0, 12 * 7.615e9)  # bytes: of the base; of what is trained and its moments
     assert residents["base"] == pytest.approx(base / 2**30, rel=1e-3)
     assert residents["student"] == pytest.approx(own / 2**30, rel=1e-3)
     with pytest.raises(UserError, match=r"^--suggest: compiles, and for h100 nothing can be"):
-        plan(file, [], "h100", (100, 100, 400), True, False)
+        plan(file, ["mesh.context=1"], "h100", (100, 100, 400), True, False)
 
 
 def test_the_knob_is_the_one_that_helps(config: Path):

@@ -59,7 +59,8 @@ def test_one_mesh_axis_divides_an_array_once():
         (MeshConfig(), 3, (1, 8, 1, 1)),
         (MeshConfig(data=2, tensor=2), 4, (2, 1, 1, 4)),
         (MeshConfig(fsdp=2, tensor=4), 2, (1, 2, 1, 4)),  # the heads are on every device of `tensor` as it is
-        (MeshConfig(context=2), 2, (1, 2, 2, 2)),
+        (MeshConfig(context=2), 2, (1, 4, 1, 2)),
+        (MeshConfig(fsdp=2, context=4), 4, (1, 2, 1, 4)),
     ],
 )
 def test_decoding_divides_the_heads(mesh: MeshConfig, kv_heads: int, decoding: tuple[int, ...]):

@@ -47,7 +47,7 @@ class RolloutConfig(Section):
             responses may be so long that it pays for the compilation. 0: a sample's bits do not depend on the lengths of others
             even where a matrix product's rounding depends on its number of rows.
         mesh: how weights, prompts and slots lie on the devices while they decode; by default as in training, but that `tensor` takes as
-            many devices from `fsdp` as there are key/value heads for. They are laid out anew on the devices themselves.
+            many devices from `fsdp` and `context` as there are key/value heads for. They are laid out anew on the devices themselves.
     """
 
     backend: Literal["ours", "remote"] = "ours"
