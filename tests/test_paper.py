@@ -76,6 +76,12 @@ def test_a_small_student_compiles(tmp_path: Path, topology: str):
     assert made["steps"]["decode"]["temporaries_gib"] < 0.75 * caches, "decoding copies its caches"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_small_quickstart_compiles_for_a_gpu(dtype: str):
+    compiler_for("h100")
+    planned("configs/quickstart.yaml", f"student.compute_dtype={dtype}", "--topology", "h100")
+
+
 @pytest.mark.parametrize("sizes", [(1, 8, 2, 1), (1, 2, 2, 4), (2, 1, 8, 1)])
 def test_a_small_torus_has_every_mesh(sizes: tuple[int, ...]):
     compiler_for("v6e:4x4")

@@ -4,11 +4,15 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
+
 from gadjax.chips import GIB
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.hlo import moved
 from gadjax.planning.programs import Step, bytes_on_chip
 from gadjax.planning.topology import Topology
+
+NO_TILES = "Couldn't find output tile sizes"
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def measure(step: Step, topology: Topology) -> Measured:
     flops = matrix_flops(step.traced.jaxpr.jaxpr, step.trips)
     lowered = step.traced.lower()
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = _compiled(lowered)
     seconds = time.perf_counter() - start
     memory, chip = compiled.memory_analysis(), topology.chip
     moves = moved(compiled.as_text(), step.trips)
@@ -82,6 +86,16 @@ def measure(step: Step, topology: Topology) -> Measured:
         compile_seconds=seconds,
         times=step.times,
     )
+
+
+def _compiled(lowered: Any) -> Any:
+    """A GPU's compiler tries on it how to divide a product into Triton's tiles; where there is none it refuses some, and has cuBLAS."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if NO_TILES not in str(error):
+            raise
+        return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def _peak(memory: Any, topology: Topology) -> float:
