@@ -46,6 +46,8 @@ COMMANDS = {  # command -> "module:function"
 # The TPU's compiler without a TPU: nobody is asked what machine this is, and several processes may compile.
 COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LIBRARY_LOG_LEVEL": "3"}
 
+WHOLE_GPU = ("run", "train", "study", "bench")
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells count
 
@@ -344,8 +346,9 @@ def toy(
 
 def _call(command: str, *arguments: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it tells that PyTorch, which is not needed, is missing
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, which JAX does not take beside the other
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.94")  # of a GPU; by default three quarters, and a plan counts on all of it
+    # Of a GPU by default three quarters are taken, and a plan counts on all. JAX does not take the older name beside the other.
+    if command in WHOLE_GPU and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.94")
     pkgutil.resolve_name(COMMANDS[command])(*arguments)
 
 

@@ -75,7 +75,7 @@ class StudentConfig(Section):
         random: a small fresh model instead, with a tokenizer made from the teacher's words.
         compute_dtype: of activations; parameters and optimizers are float32.
         rematerialise: what gradients compute again instead of keeping it. true: of each layer all but its input and what its attention
-            kernel gave; feed_forward: the feed-forward layer, the wider part; false: no matrix product. The less, the more memory.
+            kernel gave; feed_forward: the feed-forward layer, its wider part; false: no product with weights. The less, the more memory.
         template: arguments of the chat template, the same for teacher's and student's side: `{enable_thinking: false}` for Qwen3.
     """
 

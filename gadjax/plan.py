@@ -56,7 +56,7 @@ def plan(config: Path, overrides: list[str], topology: str, supposed: tuple[int,
     """
     loaded, place, texts = load_config(config, overrides), topology_of(topology), Supposed(*supposed)
     if suggests and not place.compiles:
-        raise UserError("--suggest", f"compiles, and for {place.name} nothing can be", "plan it without, or name a TPU's topology")
+        raise UserError("--suggest", f"compiles, and for {place.name} nothing can be ({place.missing})", "plan it without")
     if suggests:
         found = suggest(loaded, place, lambda each: traced_of(each, place, texts))
         print(to_json(found)) if as_json else _show_suggestions(found)
@@ -76,7 +76,7 @@ def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
     longest = config.data.max_prompt_tokens
     mean = min(texts.response_tokens, config.data.max_response_tokens)
     work = Workload(programs.stage.batch_groups, programs.samples, config.data, min(texts.prompt_tokens, longest), mean)
-    return Traced(programs, work)
+    return Traced(programs, work, topology.platform)
 
 
 def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
     traced = traced_of(config, topology, texts)
     budget, limit = budget_of(traced, compiles=topology.compiles), topology.chip.memory / GIB
     made: dict[str, Any] = {"fits": False, "topology": topology.name, "chips": topology.chips, "devices": len(topology.devices)}
-    made |= {"memory_gib": limit, "compiled": topology.compiles, "counted": COUNTED}
+    made |= {"memory_gib": limit, "compiled": topology.compiles, "missing": topology.missing, "counted": COUNTED}
     made |= {"arithmetic": asdict(budget) | {"needed_gib": budget.needed}, "steps": {}, "run": {}}
     if budget.needed > limit:
         return made | {
@@ -141,8 +141,8 @@ def _run(
 
 COUNTED = (
     "FLOPs: 2 x multiply-adds of matrix products over all chips; a scan's body x its length, a loop's x its expected trips; what is "
-    "computed again counts again, of attention the blocks that causality leaves. Roofline: the longest of FLOPs / chips / peak, bytes of "
-    "a chip / its memory's bandwidth, bytes that a chip sends / its links'."
+    "computed again counts again, of a TPU's attention the blocks that causality leaves. Roofline: the longest of FLOPs / chips / peak, "
+    "bytes of a chip / its memory's bandwidth, bytes that a chip sends / its links'."
 )
 
 
@@ -158,7 +158,7 @@ def _show(made: dict[str, Any]) -> None:
     console = Console(highlight=False, width=PLAIN_WIDTH)
     verdict = "fits" if made["fits"] else f"does not fit: {made['why']}; change {made['knob']}"
     if not made["compiled"]:
-        verdict += f"; by arithmetic alone ({made['arithmetic']['needed_gib']:.1f} GiB): nothing is compiled for it"
+        verdict += f"; by arithmetic alone ({made['arithmetic']['needed_gib']:.1f} GiB): nothing is compiled for it ({made['missing']})"
     chips = f"{made['chips']} chips" + ("" if made["devices"] == made["chips"] else f", {made['devices']} devices")
     console.print(f"{made['topology']}, {chips} of {made['memory_gib']:.1f} GiB: {verdict}", markup=False)
     for part in ("residents", "rollout", "step"):

@@ -88,8 +88,7 @@ class Models:
         """The models of a config for a student of these dimensions, on `devices` (all there are by default)."""
         how = (jnp.dtype(config.student.compute_dtype), config.student.rematerialise)
         mesh = make_mesh(config.mesh, devices)
-        lengths, platform = (config.data.max_prompt_tokens, config.data.max_response_tokens), mesh.devices.flat[0].platform
-        attend = automatic(*lengths, platform, how[0], dims.head_width)
+        attend = automatic(config.data.max_prompt_tokens, config.data.max_response_tokens, mesh.devices.flat[0])
         optimizer = make_optimizer(config.optimizer, optax.constant_schedule(1.0))
         with_adapters = dims.adapted(config.adapters)
         student, judge = language_model(with_adapters, *how, attend), discriminator(with_adapters, *how, attend)

@@ -34,28 +34,33 @@ def two_groups() -> Cells:
     return jax.tree.map(lambda cell: cell[0], pack(prompts, responses, shape).cells)
 
 
-def attended(way: AttendRows, cells: Cells) -> list[np.ndarray]:
+def attended(way: AttendRows, cells: Cells, dtype: str) -> list[np.ndarray]:
     """The output and the gradients by queries, keys and values where there are tokens."""
     sizes = [(KV_HEADS, HEADS // KV_HEADS, WIDTH), (KV_HEADS, WIDTH), (KV_HEADS, WIDTH)]
-    arrays = [jax.random.normal(jax.random.key(i), (*cells.tokens_ML.shape, *size)) for i, size in enumerate(sizes)]
+    drawn = [jax.random.normal(jax.random.key(i), (*cells.tokens_ML.shape, *size)) for i, size in enumerate(sizes)]
+    arrays = [array.astype(jnp.bfloat16).astype(dtype) for array in drawn]  # the same numbers for every dtype
     valid = jnp.asarray(cells.segments_ML >= 0)[..., None, None, None]
 
     @jax.jit
     def run(cells: Cells, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        out, back = jax.vjp(lambda *arrays: jnp.where(valid, way(cells)(*arrays, memory=None)[0], 0.0), *arrays)
-        return out, *back(jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+        whole, back = jax.vjp(lambda *arrays: way(cells)(*arrays, memory=None)[0], *arrays)
+        up = jnp.sin(jnp.arange(whole.size, dtype=jnp.float32)).reshape(whole.shape).astype(whole.dtype)
+        return jnp.where(valid, whole, 0), *back(jnp.where(valid, up, 0)), whole
 
     with jax.default_matmul_precision("highest"):
-        return [np.asarray(array) for array in run(cells, *arrays)]
+        *found, whole = (np.asarray(array, np.float32) for array in run(cells, *arrays))
+    assert np.isfinite(whole).all(), "padding too: it is the next layer's values"
+    return found
 
 
-def test_rows_are_attended_as_densely(platform: str):
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-3), ("bfloat16", 3e-2)])
+def test_rows_are_attended_as_densely(dtype: str, error: float):
     cells = two_groups()
     assert len(np.unique(cells.segments_ML)) >= 2
-    found, wanted = attended(automatic(PROMPT, RESPONSE, platform), cells), attended(dense, cells)
+    found, wanted = attended(automatic(PROMPT, RESPONSE, jax.devices()[0]), cells, dtype), attended(dense, cells, "float32")
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.abs(theirs).max() > 0.5
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3 * np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=error * np.abs(theirs).max())
 
 
 def test_a_device_at_hand_is_known(platform: str):

@@ -1,18 +1,28 @@
-"""Attention under an additive mask by cuDNN's fused kernel, which never writes scores to memory.
+"""Attention under a mask by cuDNN's fused kernel, which never writes scores to memory.
 
 Letters: M rows, Q queries, W keys, K key/value heads, G query heads per key/value head, H head width.
 """
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from gadjax.sharding import on_shards
+from gadjax.models.attention import biased_attention
+from gadjax.sharding import on_shards, parts_of
 
-KERNEL = "dot_product_attention_fwd_wrapper"  # JAX's primitive; beside what it attends to it gives what its gradient needs
+# JAX's primitives. The forward gives, beside what it attends to, what its gradient needs.
+KERNEL, GRADIENT = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
+OLDEST = 8  # compute capability
 WIDEST = 128  # H on every GPU that has it
 FUSED_QUERIES = 256  # of a block: keys and values of a block are gathered, so that few blocks move less
+
+
+def has_kernel(device: Any) -> bool:
+    """Whether it is a GPU on which the kernel runs."""
+    capability = str(getattr(device, "compute_capability", "")).partition(".")[0]  # of AMD's, letters
+    return device.platform == "gpu" and capability.isdigit() and int(capability) >= OLDEST
 
 
 def serves(dtype: jnp.dtype, head_width: int) -> bool:
@@ -23,12 +33,17 @@ def serves(dtype: jnp.dtype, head_width: int) -> bool:
 def fused_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, bias_MQW: jax.Array, implementation: Literal["cudnn", "xla"] = "cudnn"
 ) -> jax.Array:
-    """`gadjax.models.attention.biased_attention`: [M, Q, K, G, H] against [M, W, K, H], each device its own rows and heads."""
+    """`gadjax.models.attention.biased_attention`, by the kernel where it serves: on each device its own rows, or blocks, and heads."""
+    rows, queries, kv_heads, group, width = query.shape
+    if not serves(query.dtype, width):
+        return biased_attention(query, key, value, bias_MQW)
 
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias_MQW: jax.Array) -> jax.Array:
-        heads = query.reshape(*query.shape[:2], -1, query.shape[-1])
-        bias_M1QW = bias_MQW[:, None].astype(query.dtype)
-        return jax.nn.dot_product_attention(heads, key, value, bias=bias_M1QW, implementation=implementation).reshape(query.shape)
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, readable: jax.Array) -> jax.Array:
+        # As a mask, not as a bias: JAX then adds a number of which cuDNN makes no NaN where a query reads nothing.
+        return jax.nn.dot_product_attention(query, key, value, mask=readable[:, None], implementation=implementation)
 
-    by_head = ("rows", None, "kv_heads", None)
-    return on_shards(attend, [query, key, value, bias_MQW], [(*by_head, None), by_head, by_head, ("rows", None, None)])
+    copies = math.lcm(kv_heads, parts_of("heads", kv_heads * group)) // kv_heads  # so that every device has the keys of its queries
+    key, value = (jnp.repeat(array, copies, axis=2) for array in (key, value))
+    first = "groups" if parts_of("groups", rows) > 1 else "rows"  # of blocks each is on its own, wherever in a row it is
+    arrays = [query.reshape(rows, queries, kv_heads * group, width), key, value, bias_MQW == 0]
+    return on_shards(attend, arrays, [*[(first, None, "heads", None)] * 3, (first, None, None)]).reshape(query.shape)

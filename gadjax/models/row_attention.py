@@ -5,12 +5,13 @@ G query heads per key/value head, H head width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gadjax.models.attention import MASKED, Attend, BiasedAttention, Memory, biased_attention, group_mask
-from gadjax.models.cudnn_attention import FUSED_QUERIES, fused_attention, serves
+from gadjax.models.cudnn_attention import FUSED_QUERIES, fused_attention, has_kernel
 from gadjax.models.splash_attention import splash
 from gadjax.types import Cells
 
@@ -89,14 +90,13 @@ def blocks(prompt_tokens: int, response_tokens: int, queries: int = QUERIES, att
     return for_rows
 
 
-def automatic(prompt_tokens: int, response_tokens: int, platform: str, dtype: jnp.dtype, head_width: int) -> AttendRows:
-    """By a kernel where the platform has one for such numbers, and in what computes less in rows of the length that they are given: on
-    a TPU the kernel takes whole rows, and elsewhere short rows are dense.
+def automatic(prompt_tokens: int, response_tokens: int, device: Any) -> AttendRows:
+    """By a kernel where such a device has one, and in what computes less in rows of the length that they are given: a TPU's kernel takes
+    whole rows, and elsewhere short rows are dense.
     """
-    if platform == "tpu":
+    if device.platform == "tpu":
         return splash
-    fused = platform == "gpu" and serves(dtype, head_width)
-    attention, queries, even = (fused_attention, FUSED_QUERIES, 2) if fused else (biased_attention, QUERIES, 1)
+    attention, queries, even = (fused_attention, FUSED_QUERIES, 2) if has_kernel(device) else (biased_attention, QUERIES, 1)
     in_blocks = blocks(prompt_tokens + prompt_tokens % even, response_tokens, queries, attention)
 
     def for_rows(cells: Cells) -> Attend:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from gadjax.chips import GIB
 from gadjax.config import Config
+from gadjax.models.rematerialisation import Rematerialise
 from gadjax.models.row_attention import QUERIES
 from gadjax.planning.programs import Traced, bytes_on_chip
 from gadjax.planning.topology import Topology
@@ -59,6 +60,11 @@ def _scores(traced: Traced, tokens: float) -> float:
 
 
 TRAINING = ("discriminator", "student")  # programs that compute gradients
+LESS: dict[Rematerialise, str] = {
+    False: "student.rematerialise=feed_forward or =true",
+    "feed_forward": "student.rematerialise=true",
+    True: "shorter rows: a smaller data.row_tokens",
+}
 _MORE = "take more chips: both models with their optimizers need as much as this, however the work is cut"
 
 
@@ -68,5 +74,5 @@ def knob(budget: Budget, config: Config, topology: Topology, program: str | None
     if room <= budget.step["gradients"]:
         return _MORE if config.adapters else f"train adapters on one frozen base, adapters={{rank: 64}}, or {_MORE}"
     if program in TRAINING or sum(budget.step.values()) > room:
-        return "shorter rows: a smaller data.row_tokens" if config.student.rematerialise is True else "student.rematerialise=true"
+        return LESS[config.student.rematerialise]
     return "fewer decode slots: a smaller rollout.slots"

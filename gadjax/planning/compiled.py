@@ -10,7 +10,7 @@ from gadjax.chips import GIB
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.hlo import moved
 from gadjax.planning.programs import Step, bytes_on_chip
-from gadjax.planning.topology import Topology
+from gadjax.planning.topology import LOCAL, Topology
 
 NO_TILES = "Couldn't find output tile sizes"
 
@@ -103,6 +103,6 @@ def _peak(memory: Any, topology: Topology) -> float:
 
     For a TPU the sum would be too much: the compiler takes programs whose sum is more than the chip has, and refuses by its peak.
     """
-    if not topology.adds_up:
+    if topology.platform == "tpu" and topology.name != LOCAL:
         return memory.peak_memory_in_bytes
     return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes

@@ -1,15 +1,17 @@
 """FLOPs of a traced program: its matrix products, 2 per multiply-add, over all devices.
 
 The body of a scan counts as often as it runs, that of a loop whose bounds are data as often as the caller expects; of a `cond` the
-dearest branch counts. What rematerialisation computes again counts again. Of the attention kernel's blocks those that causality
-leaves count. Additions, exponentials and norms do not count.
+dearest branch counts. What rematerialisation computes again counts again. Of the blocks of a TPU's attention kernel those that
+causality leaves count, of a GPU's all. Additions, exponentials and norms do not count.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}  # cuDNN's, with products of Q x W x H each
+from gadjax.models.cudnn_attention import GRADIENT, KERNEL
+
+FUSED = {KERNEL: 2, GRADIENT: 5}  # products of Q x W x H
 
 Trips = Callable[[int], float]  # depth of a loop whose bounds are data -> how often it runs
 

@@ -80,10 +80,12 @@ class Traced:
     Attributes:
         programs: the stage.
         work: what its batches hold.
+        platform: of the chips, which may not be that of the devices: "cpu", "gpu" or "tpu".
     """
 
     programs: Programs
     work: Workload
+    platform: str
 
     @property
     def dims(self) -> DecoderConfig:
@@ -98,8 +100,7 @@ class Traced:
     @property
     def fused(self) -> bool:
         """Whether attention in rows is a kernel, which keeps no scores."""
-        platform = self.programs.models.mesh.devices.flat[0].platform
-        return platform == "tpu" or (platform == "gpu" and serves(self._trunk.dtype, self.dims.head_width))
+        return self.platform == "tpu" or (self.platform == "gpu" and serves(self._trunk.dtype, self.dims.head_width))
 
     @property
     def kept(self) -> int:

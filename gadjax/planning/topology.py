@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,15 +25,20 @@ class Topology:
         name: as the command line has it.
         chip: one of them.
         devices: to compile for.
-        compiles: whether the compiler of these chips is here.
-        adds_up: whether memory is all that the compiler lists, and not its peak.
+        platform: "cpu", "gpu" or "tpu".
+        missing: why nothing can be compiled for them here; empty if it can.
     """
 
     name: str
     chip: Chip
     devices: Sequence[Any]
-    compiles: bool = True
-    adds_up: bool = False
+    platform: str
+    missing: str = ""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the compiler of these chips is here."""
+        return not self.missing
 
     @property
     def chips(self) -> int:
@@ -50,10 +55,10 @@ def topology_of(name: str) -> Topology:
     """The topology `<chip>:<a>x<b>[x<c>]`, one of `GPUS` or several in a host, `<gpu>:<count>`, or `local` for the devices at hand.
 
     Raises:
-        UserError: the chip is not known, the compiler does not know the topology, or there is no compiler for TPUs.
+        UserError: the chip is not known, the compiler does not know the topology, or there is no compiler for the chips.
     """
     if name == LOCAL:
-        return Topology(name, _local(), jax.devices(), adds_up=True)
+        return Topology(name, _local(), jax.devices(), jax.devices()[0].platform)
     kind, _, shape = name.partition(":")
     if kind in GPUS and re.fullmatch("[1-9][0-9]*|", shape):
         return _gpus(name, kind, int(shape or 1))
@@ -66,25 +71,25 @@ def topology_of(name: str) -> Topology:
         reason = str(error).splitlines()[0]
         mend = "install gadjax[tpu], or write another shape, such as v5e:4x4 or v5p:2x2x4"
         raise UserError("--topology", f"{name} cannot be compiled for ({reason})", mend) from error
-    return Topology(name, CHIPS[kind], found.devices)
+    return Topology(name, CHIPS[kind], found.devices, "tpu")
 
 
 def _gpus(name: str, kind: str, count: int) -> Topology:
     """GPUs of a host; without their compiler one of them can still be planned for by arithmetic."""
     try:
-        return Topology(name, GPUS[kind], gpus(kind, GPUS[kind], count), adds_up=True)
+        return Topology(name, GPUS[kind], gpus(kind, GPUS[kind], count), "gpu")
     except Exception as error:  # the plug-in raises what it likes
+        reason = str(error).splitlines()[0]
         if count > 1:
-            reason = str(error).splitlines()[0]
             raise UserError("--topology", f"{name} cannot be compiled for ({reason})", "install gadjax[cuda]") from error
-    return Topology(name, GPUS[kind], jax.devices()[:1], compiles=False)
+    return Topology(name, GPUS[kind], jax.devices()[:1], "gpu", missing=f"{reason}; gadjax[cuda] brings the compiler")
 
 
 def _local() -> Chip:
     """A device at hand. For one that is not known there is a guess: a plan for it is for trying the command out."""
     devices = jax.devices()
-    if known := chip_of(devices[0]):
-        return known
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if known := chip_of(devices[0]):  # there are some with less memory
+        return replace(known, memory=min(known.memory, limit or known.memory))
     memory = float(limit) if limit else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
     return Chip(devices[0].device_kind, memory=memory, flops=1e11, bandwidth=2e10, links=1e10)
