@@ -89,7 +89,7 @@ class MeshConfig(Section):
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config over `devices` (all of them by default). A mesh that they do not fill is a UserError."""
     devices = jax.devices() if devices is None else devices
-    if devices[0].platform == "tpu" and len({device.slice_index for device in devices}) > 1:
+    if devices[0].platform == "tpu" and len({getattr(device, "slice_index", 0) for device in devices}) > 1:
         raise UserError("mesh", "does not reach over several slices", "take one slice with more chips")
     # `jax.make_mesh` would have no 8 x 2 of a torus of 4 x 4 chips, whose own axes it does not divide.
     return Mesh(create_device_mesh(_sizes(config, len(devices)), devices, allow_split_physical_axes=True), AXES, axis_types=AUTO)

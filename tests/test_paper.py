@@ -25,8 +25,8 @@ WHOLE = [  # on the smallest of v5e:4x4, v6e:4x4, v5e:8x8 and v5p:2x2x4, by memo
     ("qwen2.5-14b", "v5p:2x2x4"),
     ("qwen2.5-7b-adapters", "v5e:4x4"),
     ("one-gpu", "h100"),
-    ("qwen2.5-7b", "h100:8", "mesh.context=1"),
-    ("qwen2.5-14b", "h100:8", "mesh.context=1", "student.rematerialise=true"),
+    ("qwen2.5-7b", "h100:8"),
+    ("qwen2.5-14b", "h100:8", "mesh.context=2", "student.rematerialise=true"),
 ]
 SMALL = """
 teacher: {backend: tutor, model: tutor}
