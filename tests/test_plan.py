@@ -20,6 +20,7 @@ from gadjax.errors import UserError
 from gadjax.models.decoder import language_model
 from gadjax.plan import Supposed, plan, plan_of, traced_of
 from gadjax.planning import suggest, topology
+from gadjax.planning.compiled import Measured
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.gpus import OF, target_of
 from gadjax.planning.hlo import moved
@@ -244,15 +245,14 @@ def test_the_knob_is_the_one_that_helps(config: Path):
 
 def test_the_knob_is_for_the_program_that_does_not_fit(config: Path, monkeypatch: pytest.MonkeyPatch):
     loaded, found = load_config(config, ["student.random.words=20"]), topology_of("local")
-    real_measure = planned.measure
     for worst, knob in (
         ("student", "student.rematerialise=feed_forward or =true"),
         ("decode", "fewer decode slots: a smaller rollout.slots"),
     ):
 
-        def measure(step: Any, topology: Topology, worst: str = worst) -> Any:
-            real = real_measure(step, topology)
-            return replace(real, peak_gib=1e9) if step.name == worst else real
+        def measure(step: Any, _: Topology, worst: str = worst) -> Measured:
+            peak = 1e9 if step.name == worst else 0.0
+            return Measured(0, 0, peak, 0, 1, 0, {}, {}, 1, "FLOPs", 0, step.times)
 
         monkeypatch.setattr(planned, "measure", measure)
         made = plan_of(loaded, found, TEXTS)
@@ -351,6 +351,8 @@ def test_what_the_compiler_refuses_is_not_suggested(config: Path, monkeypatch: p
 
     monkeypatch.setattr(suggest, "measure", measure)
     monkeypatch.setattr(suggest, "COMPILED", 2)
+    monkeypatch.setattr(suggest, "CONTEXTS", (1,))
+    monkeypatch.setattr(suggest, "ROWS", (1,))
     loaded, place = load_config(config, ["student.random.words=20"]), topology_of("local")
     found = suggest.suggest(loaded, place, lambda each: planned.traced_of(each, place, TEXTS))
     assert [each["roofline_seconds"] for each in found] == [0.5, 1.0]
@@ -361,6 +363,7 @@ def test_what_the_compiler_refuses_is_not_suggested(config: Path, monkeypatch: p
 
 def test_suggestions_are_ranked_and_compiled(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(suggest, "COMPILED", 2)
+    monkeypatch.setattr(suggest, "ROWS", (1,))
     plan(config, ["student.random.words=20"], "local", (100, 8, 8), True, True)
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 2
