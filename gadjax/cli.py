@@ -46,7 +46,7 @@ COMMANDS = {  # command -> "module:function"
 # The TPU's compiler without a TPU: nobody is asked what machine this is, and several processes may compile.
 COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LIBRARY_LOG_LEVEL": "3"}
 
-WHOLE_GPU = ("run", "train", "study", "bench")
+WHOLE_GPU = ("run", "train", "study", "bench", "plan")  # the last for what `local` has
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells count

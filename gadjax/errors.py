@@ -25,3 +25,8 @@ class UserError(Exception):
 
 class Passing(UserError):
     """What may be over when the same command is started again: somebody else's server does not answer."""
+
+
+def first_line(error: Exception) -> str:
+    """Of what a library says in many, or the error's kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

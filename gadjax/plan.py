@@ -16,7 +16,7 @@ from rich.table import Table
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.chips import GIB
 from gadjax.config import Config, load_config
-from gadjax.errors import UserError
+from gadjax.errors import UserError, first_line
 from gadjax.files import to_json
 from gadjax.origins import discriminator_dims
 from gadjax.planning.budget import Budget, budget_of, knob
@@ -102,7 +102,7 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
         except Exception as error:  # the compiler's own, of which only the text tells what it is
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return made | {"why": f"{step.name}: {_first_line(error)}", "knob": knob(budget, config, topology, step.name)}
+            return made | {"why": f"{step.name}: {first_line(error)[:200]}", "knob": knob(budget, config, topology, step.name)}
         made["steps"][step.name] = measured[step.name].told()
     worst = max(measured, key=lambda name: measured[name].needed_gib)
     made["run"] = _run(config, topology, texts, traced, budget, measured)
@@ -110,10 +110,6 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
         why = f"{worst} needs {measured[worst].needed_gib:.1f} GiB a chip, which has {limit:.1f}"
         return made | {"why": why, "knob": knob(budget, config, topology, worst)}
     return made | {"fits": True}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
 
 
 def _run(

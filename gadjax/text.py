@@ -15,7 +15,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gadjax.errors import UserError
+from gadjax.errors import UserError, first_line
 from gadjax.prompts import checked_messages
 from gadjax.records import Message
 
@@ -67,7 +67,7 @@ class Text:
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises a bare Exception for a broken tokenizer.json
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise UserError(
                 WHERE, f"no tokenizer in {path} ({reason})", "name a folder with tokenizer.json or a Hugging Face model"
             ) from error

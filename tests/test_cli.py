@@ -85,6 +85,24 @@ def test_the_other_processes_are_told_of_by_options(command: Callable, config: s
     assert told == [{"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "3"}]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"XLA_CLIENT_MEM_FRACTION": "0.94"}),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),  # JAX refuses both
+    ],
+)
+def test_training_may_have_a_whole_gpu(
+    before: dict[str, str], after: dict[str, str], command: Callable, config: str, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[dict[str, str]] = []
+    command(lambda *_: told.append({name: value for name, value in os.environ.items() if name.startswith("XLA_")}))
+    monkeypatch.setattr(os, "environ", dict(before))
+    assert gadjax("run", config) == 0
+    assert told == [after]
+
+
 def test_a_command_gets_config_and_overrides(command: Callable, config: str):
     calls = []
     command(lambda *arguments: calls.append(arguments))

@@ -271,6 +271,14 @@ def test_several_gpus_need_their_compiler(monkeypatch: pytest.MonkeyPatch):
     assert asked == [("a100", GPUS["a100"], 4)] and found.compiles and found.chips == 4 and found.platform == "gpu"
 
 
+@pytest.mark.parametrize(("limit", "memory"), [(75e9, 75e9), (90e9, 80e9), (None, 80e9)])
+def test_a_device_at_hand_may_have_less_memory_than_its_kind(limit: float | None, memory: float, monkeypatch: pytest.MonkeyPatch):
+    stats = {"bytes_limit": limit} if limit else None
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert topology_of("local").chip == replace(GPUS["h100"], memory=memory)
+
+
 def test_a_gpu_is_told_of_in_words():
     told = target_of(OF["h100"], GPUS["h100"])
     assert "core_count: 132 " in told and "device_memory_size: 80000000000 " in told

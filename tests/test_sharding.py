@@ -1,5 +1,7 @@
 """The mesh, its rules, and that 8 devices compute what 1 does."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,12 @@ def test_dimensions_are_divided_by_their_rule_where_it_divides_them():
     long_rows = make_mesh(MeshConfig(context=4))
     assert partition(("rows", "queries", "heads", "head"), (2, 24, 4, 8), long_rows) == P(("fsdp",), ("context",), None, None)
     assert partition(("layers", "embed", "mlp"), (3, 16, 4), long_rows) == P(None, ("fsdp", "context"), None)
+
+
+def test_several_slices_are_refused():
+    devices = [SimpleNamespace(platform="tpu", slice_index=index % 2) for index in range(4)]
+    with pytest.raises(UserError, match=r"^mesh: does not reach over several slices; take one slice with more chips$"):
+        make_mesh(MeshConfig(), devices)
 
 
 def test_one_mesh_axis_divides_an_array_once():

@@ -10,7 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from gadjax.chips import CHIPS, GPUS, Chip, chip_of
-from gadjax.errors import UserError
+from gadjax.errors import UserError, first_line
 from gadjax.planning.gpus import gpus
 
 LOCAL = "local"
@@ -68,7 +68,7 @@ def topology_of(name: str) -> Topology:
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **ONE_DEVICE.get(kind, {}))
     except Exception as error:  # the plug-in raises what it likes
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         mend = "install gadjax[tpu], or write another shape, such as v5e:4x4 or v5p:2x2x4"
         raise UserError("--topology", f"{name} cannot be compiled for ({reason})", mend) from error
     return Topology(name, CHIPS[kind], found.devices, "tpu")
@@ -79,7 +79,7 @@ def _gpus(name: str, kind: str, count: int) -> Topology:
     try:
         return Topology(name, GPUS[kind], gpus(kind, GPUS[kind], count), "gpu")
     except Exception as error:  # the plug-in raises what it likes
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if count > 1:
             raise UserError("--topology", f"{name} cannot be compiled for ({reason})", "install gadjax[cuda]") from error
     return Topology(name, GPUS[kind], jax.devices()[:1], "gpu", missing=f"{reason}; gadjax[cuda] brings the compiler")
