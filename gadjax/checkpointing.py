@@ -12,6 +12,7 @@ is compared with its seal first. A checkpoint that is not as it was sealed is se
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from gadjax.errors import UserError
 from gadjax.seals import damage, identity, is_remote, is_sealed, seal
-from gadjax.sharding import is_first, least, wait_for_all
+from gadjax.sharding import by_first, is_first, least, wait_for_all
 from gadjax.terminal import say
 from gadjax.types import Role, TrainState
 
@@ -59,7 +60,10 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self.wait()
+            if kind is None or jax.process_count() == 1:
+                self.wait()
+            elif self._sealing is not None:  # without a word from the other processes, which may be elsewhere
+                self._sealing.thread.join()
         except UserError:
             if kind is None:  # else what came first is told
                 raise
@@ -114,27 +118,30 @@ class Checkpoints:
             say(f"WARNING: {error}; the run goes on, and the checkpoint after step {step} is tried")
         items = {name: ocp.args.StandardSave(role) for name, role in state._asdict().items() if role is not None}
         try:
-            if is_first():
-                (self._folder / UNSEALED).write_text(str(step))
+            by_first(partial((self._folder / UNSEALED).write_text, str(step)))
             self._manager.save(step, args=ocp.args.Composite(**items, **{HOST: ocp.args.JsonSave(host)}))
         except Exception as error:
-            self._rebuild()
+            if jax.process_count() == 1:  # several end with this one, and the next start clears what they leave
+                self._rebuild()
             raise self._not_written(error) from error
         self._sealing = _Sealing(self._manager, self._folder, step)
 
     def wait(self) -> None:
-        """Waits until what is being written is sealed.
+        """Waits until what is being written is sealed, by all processes.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: one of them cannot write its part.
         """
         sealing, self._sealing = self._sealing, None
         if sealing is None:
             return
         sealing.thread.join()
-        if sealing.error is not None:
+        failed = least(jax.process_index() if sealing.error else jax.process_count())
+        if failed < jax.process_count():
             self._rebuild()
-            raise self._not_written(sealing.error) from sealing.error
+            raise self._not_written(sealing.error or OSError(f"by process {failed}")) from sealing.error
+        if is_first():
+            (self._folder / UNSEALED).unlink()
         self._failed = False
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -232,8 +239,6 @@ class _Sealing:
         try:
             self._manager.wait_until_finished()
             seal(folder, _place(folder), jax.process_index(), jax.process_count())
-            if is_first():
-                (self._folder / UNSEALED).unlink()
         except BaseException as error:
             self.error = error
 

@@ -20,6 +20,7 @@ from gadjax.files import flush, replace_file
 
 OWN = "sha256"  # where a manifest holds its own hash
 _SEAL = re.compile(r"sha256-(\d{1,5})-of-(\d{1,5})\.json")
+_SEAL_BEGUN = re.compile(rf"\.?{_SEAL.pattern}(\.partial)?")  # and what another process is about to rename to it
 _WRITER = re.compile(r"process_(\d+)(/|$)")  # Orbax names files and folders after the process that writes them
 
 
@@ -55,7 +56,7 @@ def seal(folder: epath.Path, place: str, index: int = 0, count: int = 1) -> None
         index: of this process; the first one seals all files that have no other process in their name.
         count: how many there are.
     """
-    own = {name: read for name, read in _digests(folder).items() if _writer(name, count) == index and not _SEAL.fullmatch(name)}
+    own = {name: read for name, read in _digests(folder).items() if _writer(name, count) == index and not _SEAL_BEGUN.fullmatch(name)}
     digests = {name: read() for name, read in own.items()}
     target, text = folder / _name(index, count), guarded({"place": place, "files": digests})
     if is_remote(folder):

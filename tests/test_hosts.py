@@ -71,11 +71,14 @@ PRIMITIVES = """
 import sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
+from gadjax import checkpointing
+from gadjax.checkpointing import Checkpoints
 from gadjax.errors import UserError
 from gadjax.models import checkpoint
 from gadjax.models.decoder import language_model
 from gadjax.sharding import MeshConfig, agreed, by_first, check_same, gathered, is_first, make_mesh, named_sharding, put, replicated
 from gadjax.sharding import start_processes, wait_for_all
+from gadjax.types import Role, TrainState
 
 start_processes()
 me, mesh = jax.process_index(), make_mesh(MeshConfig())
@@ -109,6 +112,21 @@ here, spread = checkpoint.load(folder, family, shapes), checkpoint.load(folder, 
 jax.tree.map(lambda one, other: np.testing.assert_array_equal(np.asarray(one), gathered(other)), here, spread)
 assert spread["trunk"]["blocks"]["gate"].addressable_shards[0].data.shape[1] == dims.width // 4
 
+seal = checkpointing.seal
+def seal_but_once(folder, *told):
+    if me == 1 and folder.name == "2":
+        raise OSError(28, "No space left on device")
+    seal(folder, *told)
+
+checkpointing.seal = seal_but_once
+with Checkpoints(Path("checkpoints")) as checkpoints:
+    for step in (1, 2, 3):
+        checkpoints.save(step, TrainState(Role({"w": placed * step}, {}), None), {})
+    checkpoints.wait()
+    assert checkpoints.steps == [1, 3] and checkpoints.whole() == 3
+wait_for_all()
+assert sorted(path.name for path in Path("checkpoints").iterdir()) == ["1", "3"]
+
 time.sleep(me)
 wait_for_all()
 print("waited", time.time())
@@ -123,6 +141,7 @@ def test_two_processes_share_arrays_values_failures_weights_and_waits(tmp_path: 
     # Another start may help against a fault of process 0, and not against a mistake that it was told of.
     told = "Passing process 0: has failed; see what it says\nUserError process 0: has failed; see what it says"
     assert told in second.said
+    assert "(OSError: by process 1); see to room and rights there; " in " ".join(first.said.split())
     for ended in (first, second):
         assert "UserError the processes of this run: have different configs; " in ended.said
     waited = [float(ended.said.split("waited ")[1].split()[0]) for ended in (first, second)]

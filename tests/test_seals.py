@@ -105,6 +105,17 @@ def test_every_file_is_sealed(stage: Path):
         path.write_bytes(before)
 
 
+def test_what_another_process_is_sealing_is_no_part_of_the_seal(tmp_path: Path):
+    folder = epath.Path(tmp_path)
+    (folder / "file").write_text("content")
+    beside = folder / ".sha256-1-of-2.json.partial"  # listed by the first process, and gone when it reads
+    beside.write_text("half")
+    seal(folder, "here", 0, 2)
+    beside.unlink()
+    seal(folder, "here", 1, 2)
+    assert list(damage(folder, "here")) == []
+
+
 def edited(stage: Path, change: Callable[[dict], object], honest: bool) -> list[str]:
     manifest = stage / "2" / "sha256-0-of-1.json"
     content = json.loads(manifest.read_text())
