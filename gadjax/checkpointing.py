@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from gadjax.errors import UserError
+from gadjax.errors import Passing, UserError
 from gadjax.seals import damage, identity, is_remote, is_sealed, seal
 from gadjax.sharding import by_first, is_first, least, wait_for_all
 from gadjax.terminal import say
@@ -52,7 +52,6 @@ class Checkpoints:
         self._failed = False
         if not read_only:
             self._clear_unsealed()
-            wait_for_all()
         self._manager = self._opened(clear=not read_only)
 
     def __enter__(self) -> "Checkpoints":
@@ -107,7 +106,7 @@ class Checkpoints:
         A write that fails in the background is told, and this one takes its place; a second one in a row ends the run.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written; a `Passing` where the folder is in an object store.
         """
         try:
             self.wait()
@@ -130,7 +129,7 @@ class Checkpoints:
         """Waits until what is being written is sealed, by all processes.
 
         Raises:
-            UserError: one of them cannot write its part.
+            UserError: one of them cannot write its part; a `Passing` where the folder is in an object store.
         """
         sealing, self._sealing = self._sealing, None
         if sealing is None:
@@ -141,7 +140,8 @@ class Checkpoints:
             self._rebuild()
             raise self._not_written(sealing.error or OSError(f"by process {failed}")) from sealing.error
         if is_first():
-            (self._folder / UNSEALED).unlink()
+            with suppress(Exception):  # the next start clears it
+                (self._folder / UNSEALED).unlink()
         self._failed = False
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -207,17 +207,19 @@ class Checkpoints:
         self._manager = self._opened(clear=False)  # threads of a write that has failed may still be at work there
 
     def _clear_unsealed(self) -> None:
-        """Removes what a process that was killed had written and not sealed."""
+        """Removes what a process that was killed had written and not sealed; all processes wait for that."""
         mark = self._folder / UNSEALED
         if is_first() and mark.exists():
             left = self._folder / mark.read_text()
             if left.name.isdigit() and left.exists() and not is_sealed(left):
                 left.rmtree()
             mark.unlink()
+        wait_for_all()
 
     def _not_written(self, error: BaseException) -> UserError:
         mend = "see to room and rights there; the same command goes on from the checkpoint before"
-        return UserError(str(self._folder), f"the checkpoint cannot be written ({type(error).__name__}: {error})", mend)
+        kind = Passing if is_remote(self._folder) else UserError  # a bucket may answer again, a full disk stays full
+        return kind(str(self._folder), f"the checkpoint cannot be written ({type(error).__name__}: {error})", mend)
 
 
 class _Sealing:

@@ -127,6 +127,14 @@ with Checkpoints(Path("checkpoints")) as checkpoints:
 wait_for_all()
 assert sorted(path.name for path in Path("checkpoints").iterdir()) == ["1", "3"]
 
+with Checkpoints(Path("checkpoints")) as checkpoints:
+    if me == 0:
+        Path("checkpoints/unsealed").mkdir()  # where the mark is to be written
+    try:
+        checkpoints.save(4, TrainState(Role({"w": placed}, {}), None), {})
+    except UserError as error:
+        print("refused:", type(error).__name__, error)
+
 time.sleep(me)
 wait_for_all()
 print("waited", time.time())
@@ -142,6 +150,8 @@ def test_two_processes_share_arrays_values_failures_weights_and_waits(tmp_path: 
     told = "Passing process 0: has failed; see what it says\nUserError process 0: has failed; see what it says"
     assert told in second.said
     assert "(OSError: by process 1); see to room and rights there; " in " ".join(first.said.split())
+    assert "refused: UserError" in first.said and "(IsADirectoryError: " in first.said
+    assert "refused: UserError" in second.said and "(Passing: process 0: has failed; see what it says)" in second.said
     for ended in (first, second):
         assert "UserError the processes of this run: have different configs; " in ended.said
     waited = [float(ended.said.split("waited ")[1].split()[0]) for ended in (first, second)]
@@ -251,9 +261,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same on 2 processes with a device each, which takes half as long."""
+    """The same on 2 processes with 2 devices each, which takes less time."""
     folder = made(tmp_path_factory.getbasetemp() / "pair")
-    ended = together(folder, 2, 1, RUN, NEVER, "run", "tiny.yaml")
+    ended = together(folder, 2, 2, RUN, NEVER, "run", "tiny.yaml")
     assert [process.status for process in ended] == [0, 0], ended[0].said + ended[1].said
     return folder
 
@@ -305,13 +315,13 @@ def test_a_checkpoint_of_two_processes_is_restored_on_others(two: Path, processe
 def test_a_killed_process_ends_all_and_the_restart_ends_with_the_same_bits(tmp_path: Path, pair: Path):
     folder = made(tmp_path / "killed")
     for process, step in ((1, 3), (0, 4)):
-        ended = together(folder, 2, 1, RUN, f"{process}:{step}:{signal.SIGKILL:d}", "run", "tiny.yaml")
+        ended = together(folder, 2, 2, RUN, f"{process}:{step}:{signal.SIGKILL:d}", "run", "tiny.yaml")
         killed, other = ended[process], ended[1 - process]
         assert killed.status == -signal.SIGKILL, killed.said
         assert other.status != 0 and other.seconds - killed.seconds < 120
         if process == 0:
             assert "gad: goes on after step 2" in killed.said
-    ended = together(folder, 2, 1, RUN, NEVER, "run", "tiny.yaml")
+    ended = together(folder, 2, 2, RUN, NEVER, "run", "tiny.yaml")
     assert [process.status for process in ended] == [0, 0], ended[0].said
     assert "gad: goes on after step 2" in ended[0].said
     for name in ("gad-2.saved", "gad-4.saved"):
@@ -323,14 +333,14 @@ def test_a_killed_process_ends_all_and_the_restart_ends_with_the_same_bits(tmp_p
 @pytest.mark.timeout(1800)
 def test_sigterm_to_one_process_saves_the_same_step_on_all_and_ends_them(tmp_path: Path, pair: Path):
     folder = made(tmp_path / "terminated")
-    ended = together(folder, 2, 1, RUN, f"1:2:{signal.SIGTERM:d}", "run", "tiny.yaml")
+    ended = together(folder, 2, 2, RUN, f"1:2:{signal.SIGTERM:d}", "run", "tiny.yaml")
     assert [process.status for process in ended] == [143, 143], ended[0].said + ended[1].said
     took = max(process.seconds for process in ended) - float((folder / "signalled").read_text())
     print(f"\nsaved, and all processes out, {took:.1f} s after SIGTERM to one of them")
     assert took < 20
     assert "gad: asked to stop; the checkpoint after step 3 is written" in ended[0].said
     assert (folder / "gad-3.saved").exists() and len(rows(folder, "gad")) == 1 + 3
-    ended = together(folder, 2, 1, RUN, NEVER, "run", "tiny.yaml")
+    ended = together(folder, 2, 2, RUN, NEVER, "run", "tiny.yaml")
     assert [process.status for process in ended] == [0, 0], ended[0].said
     assert "gad: goes on after step 3" in ended[0].said
     assert (folder / "gad-4.saved").read_text() == (pair / "gad-4.saved").read_text()
