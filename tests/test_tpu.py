@@ -156,6 +156,7 @@ def test_the_other_scripts_refuse_it_too(desk: Desk, script: str):
         (["--name", "my-run", *OPTIONS], "CONFIG: is missing"),
         (["--name", "my-run", *OPTIONS, "none;$(touch x).yaml"], "is no file"),
         (["--name", "my-run", *OPTIONS, "c.yaml", "words"], "is not an override"),
+        (["--name", "my-run", *OPTIONS, "--type", "v5e-16", "c.yaml"], "--type: v5e-16 is not known"),
         (["--nmae", "my-run"], "there is no such option"),
         (["--name"], "--name: has no value"),
     ],

@@ -9,6 +9,7 @@ parse "$@"
 for option in name type zone bucket; do
   [[ -n ${!option} ]] || fail "--$option: is missing"
 done
+image >/dev/null # a type that nobody knows is told before the teacher is asked
 ((${#positional[@]})) || fail "CONFIG: is missing"
 config=${positional[0]} overrides=("${positional[@]:1}")
 [[ $config == /* ]] || config=$from/$config
