@@ -21,6 +21,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from gadjax.errors import Passing, UserError
+from gadjax.restoring import restored
 from gadjax.seals import damage, identity, is_remote, is_sealed, seal
 from gadjax.sharding import by_first, is_first, least, wait_for_all
 from gadjax.terminal import say
@@ -156,16 +157,17 @@ class Checkpoints:
 
     def restore_host(self, step: int) -> dict[str, Any]:
         """What the host kept beside the models."""
-        return self._restore(step, HOST, ocp.args.JsonRestore())
+        self._check(step)
+        return self._manager.restore(step, args=ocp.args.Composite(**{HOST: ocp.args.JsonRestore()}))[HOST]
 
     def restore_role(self, step: int, name: str, abstract: Role) -> Role:
         """One model with its optimizer: `student` or `discriminator`."""
-        return self._restore(step, name, ocp.args.StandardRestore(abstract))
+        self._check(step)
+        return restored(self._folder / str(step) / name, abstract)
 
-    def _restore(self, step: int, name: str, arguments: Any) -> Any:
+    def _check(self, step: int) -> None:
         if wrong := self._damage(step):
             raise UserError(*wrong, "run `gadjax train` again: the stage goes on from the checkpoint before")
-        return self._manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
 
     def _damage(self, step: int) -> tuple[str, str] | None:
         """The first file of a checkpoint with which something is wrong, and what."""
