@@ -384,6 +384,8 @@ def main(arguments: list[str] | None = None) -> None:
     if status == INTERRUPTED:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         status = TERMINATED if terminated else INTERRUPTED
+    if status and (processes := sys.modules.get("gadjax.processes")):
+        processes.leave(status)
     sys.exit(status)
 
 

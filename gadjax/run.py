@@ -17,11 +17,12 @@ from gadjax.export import export_discriminator, export_stage
 from gadjax.files import replace_file, to_json
 from gadjax.judging import judge_run, verdicts_so_far
 from gadjax.prepare import check_devices, check_student, prepare_data, student_folder
+from gadjax.processes import start_processes
 from gadjax.report.audit import write_audit
 from gadjax.report.page import write_report
 from gadjax.runs import Clock, Run
 from gadjax.session import Session
-from gadjax.sharding import by_first, check_same, is_first, start_processes, wait_for_all
+from gadjax.sharding import by_first, check_same, is_first, wait_for_all
 from gadjax.teachers.openai import has_key
 from gadjax.terminal import console, say
 from gadjax.train import train_stage

@@ -15,11 +15,9 @@ array. What is no work of the devices, such as asking the teacher or writing fil
 
 import itertools
 import math
-import os
-import re
 import zlib
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, TypeVar
 
 import jax
@@ -33,7 +31,6 @@ from pydantic import Field, field_validator
 
 from gadjax.errors import Passing, UserError
 from gadjax.section import Section
-from gadjax.terminal import console
 
 AXES = ("data", "fsdp", "context", "tensor")
 AUTO = (AxisType.Auto,) * len(AXES)
@@ -230,47 +227,11 @@ def gathered(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-# Of `jax.distributed`: "coordinator", "processes" and "process" as the command line has them.
-COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-DEAD_AFTER = 60  # seconds without a sign of life from a process, after which the others end too
-LEAVE_WITHIN = 30  # seconds between the ends of the first process and the last, after which something is wrong
 PATIENCE = 7 * 24 * 3600  # seconds that the others wait for process 0, which may be asking the teacher
 
 DONE, REFUSED, FAILED = range(3)  # how process 0 has ended what the others wait for
 Result = TypeVar("Result")
 _numbers = itertools.count()  # of barriers; every process counts the same ones
-
-
-def start_processes() -> None:
-    """Joins the other processes of the run, if there are any: before anything else is asked of jax.
-
-    They are told of in the environment (the command line puts its options there), and on Cloud TPU by the machine itself.
-
-    Raises:
-        UserError: the environment tells half of it.
-    """
-    told = [os.environ.get(name) for name in (COORDINATOR, PROCESSES, PROCESS)]
-    join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=DEAD_AFTER, shutdown_timeout_seconds=LEAVE_WITHIN)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
-    if any(told):
-        join(*_checked(*told))
-    elif "tpu" in (jax.config.values["jax_platforms"] or "").split(","):  # which jax sets where it finds a TPU
-        join()
-    console.quiet = jax.distributed.is_initialized() and not is_first()
-
-
-def _checked(coordinator: str | None, processes: str | None, process: str | None) -> tuple[str, int, int]:
-    where = "--coordinator, --processes, --process"
-    if not (coordinator and processes and process):
-        raise UserError(where, "belong together", "give all three or none")
-    try:
-        count, index = int(processes), int(process)
-    except ValueError:
-        count, index = 0, 0
-    if not (0 <= index < count and re.fullmatch(r".+:[0-9]+", coordinator)):
-        what = f"{coordinator}, {processes}, {process} is no address and the number of one of so many processes"
-        raise UserError(where, what, "write, for the first of two: --coordinator HOST:PORT --processes 2 --process 0")
-    return coordinator, count, index
 
 
 def is_first() -> bool:

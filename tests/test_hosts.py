@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gadjax import sharding
 from gadjax.errors import UserError
 from gadjax.metrics import read
+from gadjax.processes import COORDINATOR, PROCESS, PROCESSES, start_processes
 from tests import tiny
 
 CONFIG = tiny.with_stages(
@@ -33,8 +34,8 @@ class Ended:
     seconds: float
 
 
-def together(folder: Path, processes: int, devices: int, program: str, *arguments: str) -> list[Ended]:
-    """Runs a program in several processes, told of each other by the environment."""
+def together(folder: Path, processes: int, devices: int, program: str, *arguments: str, only: int | None = None) -> list[Ended]:
+    """Runs a program in several processes, told of each other by the environment; of these, `only` one where it is given."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {
@@ -47,9 +48,9 @@ def together(folder: Path, processes: int, devices: int, program: str, *argument
     if processes > 1:
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     started, command = time.monotonic(), [sys.executable, "-c", program, *arguments]
-    files = [folder / f"said-{index}.txt" for index in range(processes)]
+    files = {index: folder / f"said-{index}.txt" for index in range(processes) if only in (None, index)}
     running: dict[int, subprocess.Popen[bytes]] = {}
-    for index, file in enumerate(files):
+    for index, file in files.items():
         told = environment | ({"JAX_PROCESS_ID": str(index)} if processes > 1 else {})
         with file.open("wb") as output:
             running[index] = subprocess.Popen(command, cwd=folder, env=told, stdout=output, stderr=subprocess.STDOUT)
@@ -64,7 +65,7 @@ def together(folder: Path, processes: int, devices: int, program: str, *argument
     finally:
         for process in running.values():
             process.kill()
-    return [ended[index] for index in range(processes)]
+    return [ended[index] for index in files]
 
 
 PRIMITIVES = """
@@ -77,7 +78,8 @@ from gadjax.errors import UserError
 from gadjax.models import checkpoint
 from gadjax.models.decoder import language_model
 from gadjax.sharding import MeshConfig, agreed, by_first, check_same, gathered, is_first, make_mesh, named_sharding, put, replicated
-from gadjax.sharding import start_processes, wait_for_all
+from gadjax.processes import start_processes
+from gadjax.sharding import wait_for_all
 from gadjax.types import Role, TrainState
 
 start_processes()
@@ -158,23 +160,89 @@ def test_two_processes_share_arrays_values_failures_weights_and_waits(tmp_path: 
     assert abs(waited[0] - waited[1]) < 0.5, "one did not wait for the other"
 
 
-@pytest.mark.parametrize("left_out", [sharding.COORDINATOR, sharding.PROCESSES, sharding.PROCESS])
+@pytest.mark.parametrize("left_out", [COORDINATOR, PROCESSES, PROCESS])
 def test_what_is_told_by_half_is_refused(monkeypatch: pytest.MonkeyPatch, left_out: str):
-    for name, value in ((sharding.COORDINATOR, "127.0.0.1:1"), (sharding.PROCESSES, "2"), (sharding.PROCESS, "0")):
+    for name, value in ((COORDINATOR, "127.0.0.1:1"), (PROCESSES, "2"), (PROCESS, "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(left_out)
     with pytest.raises(UserError, match="--coordinator, --processes, --process: belong together"):
-        sharding.start_processes()
+        start_processes()
 
 
 @pytest.mark.parametrize(
-    "told", [("127.0.0.1", "2", "0"), ("127.0.0.1:1", "2", "2"), ("127.0.0.1:1", "two", "0"), ("127.0.0.1:1", "2", "-1")]
+    "told",
+    [
+        ("127.0.0.1", "2", "0"),
+        ("127.0.0.1:99999", "2", "0"),
+        ("127.0.0.1:0", "2", "0"),
+        ("127.0.0.1:1", "2", "2"),
+        ("127.0.0.1:1", "two", "0"),
+        ("127.0.0.1:1", "2", "-1"),
+    ],
 )
 def test_what_is_told_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch, told: tuple[str, str, str]):
-    for name, value in zip((sharding.COORDINATOR, sharding.PROCESSES, sharding.PROCESS), told, strict=True):
+    for name, value in zip((COORDINATOR, PROCESSES, PROCESS), told, strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="is no address and the number of one of so many processes; write, "):
-        sharding.start_processes()
+        start_processes()
+
+
+def test_a_host_that_is_not_known_is_told(monkeypatch: pytest.MonkeyPatch):
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    for name, value in ((COORDINATOR, "tpu-O:8476"), (PROCESSES, "2"), (PROCESS, "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(UserError, match=r"--coordinator: there is no host tpu-O \(Name or service not known\); write "):
+        start_processes()
+
+
+def test_a_port_that_another_program_has_is_told(monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in ((COORDINATOR, f"127.0.0.1:{port}"), (PROCESSES, "2"), (PROCESS, "0")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"--coordinator: port {port} cannot be listened at \(.*in use.*\); choose another"):
+            start_processes()
+
+
+ALONE = """
+from gadjax import processes
+processes.FIND_WITHIN = 2.0
+processes.start_processes()
+"""
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_whose_others_do_not_come_says_so(tmp_path: Path, process: int):
+    (ended,) = together(tmp_path, 2, 1, ALONE, only=process)
+    assert ended.status == 1
+    assert re.fullmatch(r"gadjax: the 2 processes that are to meet at \S+ are not all there after 2 s; start all of them, .*\n", ended.said)
+
+
+REFUSED = """
+import os, sys, time
+from gadjax import processes
+from gadjax.cli import main
+
+processes.FIND_WITHIN, processes.LEAVE_WITHIN = 60.0, 4
+if os.environ["JAX_PROCESS_ID"] in sys.argv.pop(1):
+    main()
+processes.start_processes()
+time.sleep(8)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("refused", ["1", "01"], ids=["one", "both"])
+def test_who_is_refused_ends_with_status_2(tmp_path: Path, refused: str):
+    (tmp_path / "wrong.yaml").write_text("seeed: 3")
+    ended = together(tmp_path, 2, 1, REFUSED, refused, "run", "wrong.yaml")
+    assert [process.status for process in ended] == ([2, 2] if refused == "01" else [0, 2])
+    for process in ended:
+        assert process.said.startswith("gadjax: seeed: ") == (process.status == 2)
+        assert process.said.count("\n") == (process.status == 2), process.said
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------------
@@ -183,7 +251,8 @@ DIGEST = """
 import hashlib, os, signal, sys, time
 from pathlib import Path
 import jax
-from gadjax.sharding import gathered, is_first, start_processes
+from gadjax.processes import start_processes
+from gadjax.sharding import gathered, is_first
 
 def digest(state):
     whole = hashlib.sha256()
