@@ -6,7 +6,6 @@ Exit status: 0 done; 2 a mistake of the user, told in one line; 130 interrupted 
 line, or a fault of ours, with its traceback.
 """
 
-import errno
 import os
 import pkgutil
 import signal
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gadjax.errors import Passing, UserError
+from gadjax.errors import Passing, UserError, no_room
 from gadjax.foreign import harmless
 from gadjax.stopping import ends_in_time
 
@@ -48,7 +47,6 @@ COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIP
 
 WHOLE_GPU = ("run", "train", "study", "bench", "plan")  # the last for what `local` has
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells count
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -387,13 +385,6 @@ def main(arguments: list[str] | None = None) -> None:
     if status and (processes := sys.modules.get("gadjax.processes")):
         processes.leave(status)
     sys.exit(status)
-
-
-def no_room(error: OSError | sqlite3.Error) -> bool:
-    """Whether the disk is full or may not be written to, which is not our fault."""
-    if isinstance(error, OSError):
-        return error.errno in NO_ROOM
-    return error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
 
 
 def _fail(message: str, status: int = 2) -> int:

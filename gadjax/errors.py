@@ -5,6 +5,11 @@ process with status 2; one that may pass, a `Passing`, with status 1: whoever st
 Any other exception is a fault of ours: traceback, status 1.
 """
 
+import errno
+import sqlite3
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 class UserError(Exception):
     """A mistake that the user can mend.
@@ -30,3 +35,10 @@ class Passing(UserError):
 def first_line(error: Exception) -> str:
     """Of what a library says in many, or the error's kind where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def no_room(error: OSError | sqlite3.Error) -> bool:
+    """Whether the disk is full or may not be written to, which is not our fault."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    return error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)

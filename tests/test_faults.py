@@ -24,7 +24,7 @@ from gadjax import checkpointing, cli, seals, stopping
 from gadjax.checkpointing import Checkpoints
 from gadjax.config import Config
 from gadjax.data.snapshot import Snapshot, freeze
-from gadjax.errors import Passing, UserError
+from gadjax.errors import Passing, UserError, no_room
 from gadjax.files import replace_file
 from gadjax.metrics import MetricsLog, read
 from gadjax.models import checkpoint
@@ -80,7 +80,7 @@ def test_a_full_disk_does_not_leave_tensorboard_waiting(tmp_path: Path):
         before = events.stat().st_size
         with full(before + 30), pytest.raises(OSError, match=rf"File too large: '{tmp_path}/board'") as error:
             log.write(2, row)
-        assert (tmp_path / "metrics.jsonl").stat().st_size < before and cli.no_room(error.value)
+        assert (tmp_path / "metrics.jsonl").stat().st_size < before and no_room(error.value)
     with MetricsLog(tmp_path, tmp_path / "board", after=1) as log:
         log.write(2, row)
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2]
@@ -118,7 +118,7 @@ def test_an_export_that_has_no_room_is_not_there_and_the_one_before_is(tmp_path:
     checkpoint.save(tmp_path / "gad", family, dims, params, tokens, {"tokenizer.json": b"before"})
     with full(size), pytest.raises(OSError, match="File too large: '.*(safetensors|tokenizer.json)'") as error:
         checkpoint.save(tmp_path / "gad", family, dims, params, tokens, {"tokenizer.json": bytes(300_000)})
-    assert cli.no_room(error.value)
+    assert no_room(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["gad"] and (tmp_path / "gad" / "tokenizer.json").read_bytes() == b"before"
     checkpoint.save(tmp_path / "gad", family, dims, params, tokens, {"tokenizer.json": b"after"})
     assert [path.name for path in tmp_path.iterdir()] == ["gad"] and (tmp_path / "gad" / "tokenizer.json").read_bytes() == b"after"
@@ -204,7 +204,7 @@ def test_a_full_cache_is_no_fault_of_ours(tmp_path: Path):
     with pytest.raises(sqlite3.OperationalError) as error:
         database.execute("insert into a values (zeroblob(100000))")
     database.close()
-    assert cli.no_room(error.value) and not cli.no_room(OSError(errno.EIO, "broken"))
+    assert no_room(error.value) and not no_room(OSError(errno.EIO, "broken"))
 
 
 def test_a_clock_that_goes_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
