@@ -16,11 +16,12 @@ from rich.table import Table
 from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.chips import GIB
 from gadjax.config import Config, load_config
-from gadjax.errors import UserError, first_line
+from gadjax.errors import UserError
 from gadjax.files import to_json
 from gadjax.origins import discriminator_dims
-from gadjax.planning.budget import Budget, budget_of, knob
-from gadjax.planning.compiled import Measured, measure
+from gadjax.planning.budget import WHEN, Budget, Moment, budget_of
+from gadjax.planning.compiled import Measured, Refused, measure
+from gadjax.planning.knob import knob
 from gadjax.planning.programs import Traced, bytes_on_chip
 from gadjax.planning.schedule import EFFICIENCY, WRITTEN, seconds_of, stages_of, teacher_of, told
 from gadjax.planning.student import dims_of
@@ -81,16 +82,17 @@ def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
 
 def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, Any]:
     """The plan, as `--json` prints it."""
-    traced = traced_of(config, topology, texts)
-    budget, limit = budget_of(traced, compiles=topology.compiles), topology.chip.memory / GIB
+
+    def budget(config: Config) -> Budget:
+        return budget_of(traced_of(config, topology, texts), compiles=topology.compiles)
+
+    traced, counted, limit = traced_of(config, topology, texts), budget(config), topology.chip.memory / GIB
     made: dict[str, Any] = {"fits": False, "topology": topology.name, "chips": topology.chips, "devices": len(topology.devices)}
     made |= {"memory_gib": limit, "compiled": topology.compiles, "missing": topology.missing, "counted": COUNTED}
-    made |= {"arithmetic": asdict(budget) | {"needed_gib": budget.needed}, "steps": {}, "run": {}}
-    if budget.needed > limit:
-        return made | {
-            "why": f"needs {budget.needed:.1f} GiB a chip by arithmetic, which has {limit:.1f}",
-            "knob": knob(budget, config, topology),
-        }
+    made |= {"arithmetic": asdict(counted) | {"needed_gib": counted.needed}, "steps": {}, "run": {}}
+    if counted.needed > limit:
+        why = f"needs {counted.needed:.1f} GiB a chip by arithmetic, which has {limit:.1f}"
+        return made | {"why": why, "knob": knob(config, limit, budget)}
     if not topology.compiles:
         return made | {"fits": True}
     measured: dict[str, Measured] = {}
@@ -99,17 +101,22 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
             say(f"compiling {step.name}")
         try:
             measured[step.name] = measure(step, topology)
-        except Exception as error:  # the compiler's own, of which only the text tells what it is
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return made | {"why": f"{step.name}: {first_line(error)[:200]}", "knob": knob(budget, config, topology, step.name)}
+        except Refused as refused:
+            turn = MESH if refused.over is None else knob(config, limit, budget, _beyond(counted, step.name, limit + refused.over))
+            return made | {"why": f"{step.name}: {refused}", "knob": turn}
         made["steps"][step.name] = measured[step.name].told()
     worst = max(measured, key=lambda name: measured[name].needed_gib)
-    made["run"] = _run(config, topology, texts, traced, budget, measured)
-    if measured[worst].needed_gib > limit:
-        why = f"{worst} needs {measured[worst].needed_gib:.1f} GiB a chip, which has {limit:.1f}"
-        return made | {"why": why, "knob": knob(budget, config, topology, worst)}
+    made["run"] = _run(config, topology, texts, traced, counted, measured)
+    if (needed := measured[worst].needed_gib) > limit:
+        why = f"{worst} needs {needed:.1f} GiB a chip, which has {limit:.1f}"
+        return made | {"why": why, "knob": knob(config, limit, budget, _beyond(counted, worst, needed))}
     return made | {"fits": True}
+
+
+def _beyond(counted: Budget, program: str, needed: float) -> dict[Moment, float]:
+    """What the compiler has found that a program needs beyond arithmetic; something, even where it does not tell how much."""
+    moment = WHEN.get(program, "rollout")
+    return {moment: max(needed - counted.during(moment), 0.0)}
 
 
 def _run(
@@ -135,6 +142,7 @@ def _run(
     }
 
 
+MESH = "another mesh or number of chips, a power of two say: the compiler cannot do this one"
 COUNTED = (
     "FLOPs: 2 x multiply-adds of matrix products over all chips; a scan's body x its length, a loop's x its expected trips; what is "
     "computed again counts again, of a TPU's attention the blocks that causality leaves. Roofline: the longest of FLOPs / chips / peak, "
@@ -152,7 +160,7 @@ def _bytes_per_group(traced: Traced) -> float:
 
 def _show(made: dict[str, Any]) -> None:
     console = Console(highlight=False, width=PLAIN_WIDTH)
-    verdict = "fits" if made["fits"] else f"does not fit: {made['why']}; change {made['knob']}"
+    verdict = "fits" if made["fits"] else f"does not fit: {made['why']}; try {made['knob']}"
     if not made["compiled"]:
         verdict += f"; by arithmetic alone ({made['arithmetic']['needed_gib']:.1f} GiB): nothing is compiled for it ({made['missing']})"
     chips = f"{made['chips']} chips" + ("" if made["devices"] == made["chips"] else f", {made['devices']} devices")

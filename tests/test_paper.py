@@ -94,6 +94,17 @@ def test_a_small_torus_has_every_mesh(sizes: tuple[int, ...]):
     assert found.stdout.strip() == str(sizes)
 
 
+def test_hosts_are_those_of_cloud_tpu_and_nothing_else_is_said():
+    compiler_for("v5e:1x1")
+    hosts = {"v5e:1x1": 1, "v5e:2x4": 1, "v6e:2x4": 1, "v5e:4x4": 4, "v5p:2x2x4": 4, "v4:2x2x2": 2}
+    code = f"from gadjax.planning.topology import topology_of; print([topology_of(name).hosts for name in {list(hosts)}])"
+    environment = os.environ | COMPILE_ONLY | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    )
+    assert found.stdout == f"{list(hosts.values())}\n"
+
+
 @pytest.mark.parametrize("whole", WHOLE, ids="-".join)
 def test_the_whole_cycle_fits(whole: tuple[str, ...]):
     student, topology, *overrides = whole

@@ -1,13 +1,14 @@
-"""Whether a stage can fit at all, by arithmetic, before anything is compiled; and the knob that would make it fit."""
+"""Whether a stage can fit at all, by arithmetic, before anything is compiled."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from gadjax.chips import GIB
-from gadjax.config import Config
-from gadjax.models.rematerialisation import Rematerialise
 from gadjax.models.row_attention import QUERIES
 from gadjax.planning.programs import Traced, bytes_on_chip
-from gadjax.planning.topology import Topology
+
+Moment = Literal["loading", "rollout", "step"]
+WHEN: dict[str, Moment] = {"loading": "loading", "discriminator": "step", "student": "step"}  # programs; the others are a rollout's
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,12 @@ class Budget:
     @property
     def needed(self) -> float:
         """At the worst moment."""
-        return sum(self.residents.values()) + max(sum(self.rollout.values()), sum(self.step.values()))
+        return max(self.during("rollout"), self.during("step"))
+
+    def during(self, moment: Moment) -> float:
+        """While this goes on; when weights are loaded, nothing but these is there."""
+        beside = {"rollout": self.rollout, "step": self.step}.get(moment, {})
+        return sum(self.residents.values()) + sum(beside.values())
 
 
 def budget_of(traced: Traced, compiles: bool = True) -> Budget:
@@ -57,22 +63,3 @@ def _scores(traced: Traced, tokens: float) -> float:
     """Bytes of a layer's scores where attention is in blocks: float32, with the weights that they become and the gradient of these."""
     data = traced.programs.data
     return 3 * 4 * tokens * traced.dims.heads * (data.max_prompt_tokens + data.max_response_tokens + QUERIES)
-
-
-TRAINING = ("discriminator", "student")  # programs that compute gradients
-LESS: dict[Rematerialise, str] = {
-    False: "student.rematerialise=feed_forward or =true",
-    "feed_forward": "student.rematerialise=true",
-    True: "shorter rows: a smaller data.row_tokens",
-}
-_MORE = "take more chips: both models with their optimizers need as much as this, however the work is cut"
-
-
-def knob(budget: Budget, config: Config, topology: Topology, program: str | None = None) -> str:
-    """What to change so that it fits. `program`: the one that does not, by the compiler; None: by arithmetic."""
-    room = topology.chip.memory / GIB - sum(budget.residents.values())
-    if room <= budget.step["gradients"]:
-        return _MORE if config.adapters else f"train adapters on one frozen base, adapters={{rank: 64}}, or {_MORE}"
-    if program in TRAINING or sum(budget.step.values()) > room:
-        return LESS[config.student.rematerialise]
-    return "fewer decode slots: a smaller rollout.slots"

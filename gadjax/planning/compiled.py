@@ -1,5 +1,6 @@
 """One step, compiled: its bytes on a chip, its FLOPs, what it moves, and the time that the chip's limits leave it."""
 
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import jax
 
 from gadjax.chips import GIB
+from gadjax.errors import first_line
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.hlo import moved
 from gadjax.planning.programs import Step, bytes_on_chip
 from gadjax.planning.topology import LOCAL, Topology
 
 NO_TILES = "Couldn't find output tile sizes"
+HARDLY = 0.1
+MEMORY, UNABLE = "RESOURCE_EXHAUSTED", "UNIMPLEMENTED"
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,35 @@ class Measured:
         return asdict(self) | {"needed_gib": self.needed_gib}
 
 
+class Refused(Exception):
+    """The compiler does not take a program.
+
+    Attributes:
+        over: GiB that the chip has too little, `HARDLY` any where the compiler does not tell; None if that is not why.
+    """
+
+    def __init__(self, error: Exception):
+        super().__init__(first_line(error)[:200])
+        sizes = dict(zip("KMG", (2**-20, 2**-10, 1.0), strict=True))
+        too_much = re.search(r"[Ee]xceeded \w+ capacity by ([0-9.]+)([KMG])", str(error))
+        self.over = float(too_much[1]) * sizes[too_much[2]] if too_much else (HARDLY if MEMORY in str(error) else None)
+
+
 def measure(step: Step, topology: Topology) -> Measured:
-    """Compiles a step. What the compiler refuses, for want of memory above all, is raised as it comes."""
+    """Compiles a step.
+
+    Raises:
+        Refused: it is too large, or the compiler cannot do it.
+    """
     flops = matrix_flops(step.traced.jaxpr.jaxpr, step.trips)
     lowered = step.traced.lower()
     start = time.perf_counter()
-    compiled = _compiled(lowered)
+    try:
+        compiled = _compiled(lowered)
+    except Exception as error:  # the compiler's own, of which only the text tells what it is
+        if not any(kind in str(error) for kind in (MEMORY, UNABLE)):
+            raise
+        raise Refused(error) from error
     seconds = time.perf_counter() - start
     memory, chip = compiled.memory_analysis(), topology.chip
     moves = moved(compiled.as_text(), step.trips)

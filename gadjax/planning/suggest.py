@@ -10,7 +10,7 @@ from gadjax.data.packing import RowShape
 from gadjax.errors import UserError
 from gadjax.models.rematerialisation import KEPT, Rematerialise
 from gadjax.planning.budget import budget_of
-from gadjax.planning.compiled import measure
+from gadjax.planning.compiled import Refused, measure
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.programs import Traced
 from gadjax.planning.topology import Topology
@@ -44,9 +44,7 @@ def suggest(config: Config, topology: Topology, traced_of: Callable[[Config], Tr
             break
         try:
             measured = measure(traced.student(), topology)
-        except Exception as error:  # the compiler's own, of which only the text tells what it is
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+        except Refused:
             continue
         if measured.needed_gib <= topology.chip.memory / GIB:
             told = {f"mesh.{axis}": size for axis, size in candidate.mesh.model_dump().items()}

@@ -15,6 +15,8 @@ from gadjax.planning.gpus import gpus
 
 LOCAL = "local"
 ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}  # else each of a v4 chip's two cores is one
+# Cloud TPU's machines have four chips, 2 x 2, but for these (its documentation of v5e, v6e and the other types, "TPU configurations").
+ONE_HOST = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def topology_of(name: str) -> Topology:
         others = ", ".join([*GPUS, f"{next(iter(GPUS))}:8", LOCAL])
         raise UserError("--topology", f"{name} is not known", f"write CHIP:SHAPE as v5p:2x2x4, CHIP one of {', '.join(CHIPS)}; or {others}")
     try:
-        found = topologies.get_topology_desc(topology_name=name, platform="tpu", **ONE_DEVICE.get(kind, {}))
+        options = ONE_DEVICE.get(kind, {}) | ({"chips_per_host_bounds": ONE_HOST[shape]} if shape in ONE_HOST else {})
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
     except Exception as error:  # the plug-in raises what it likes
         reason = first_line(error)
         mend = "install gadjax[tpu], or write another shape, such as v5e:4x4 or v5p:2x2x4"
