@@ -95,15 +95,10 @@ def _loss(
 
 
 def _loss_and_gradients(
-    token_loss: TokenLoss,
-    temperature: float,
-    chunk: int,
-    hidden_MLD: jax.Array,
-    weight_VD: jax.Array,
-    targets_ML: jax.Array,
-    counts_M: jax.Array,
-    known: tuple[jax.Array, ...],
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    token_loss: TokenLoss, temperature: float, chunk: int, *given: Any
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]:
+    hidden_MLD, weight_VD, targets_ML, counts_M, known = jax.tree.map(lambda each: each.value, given)
+    trained = given[1].perturbed  # else the projection is a frozen base's
     weight = _spread(weight_VD.astype(hidden_MLD.dtype))
 
     def add(index: jax.Array, found: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -123,25 +118,27 @@ def _loss_and_gradients(
         by_logits_TV = by_logits_MCV.astype(weight.dtype).reshape(-1, weight.shape[0])
         by_hidden_TD = jnp.einsum("tv,vd->td", by_logits_TV, weight, preferred_element_type=jnp.float32)
         by_hidden_MCD = constrain(by_hidden_TD.reshape(hidden_MCD.shape), "rows", None, None).astype(weight.dtype)
-        flat_TD = constrain(hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), None, None)
-        by_weight_VD = _spread(by_weight_VD + jnp.einsum("tv,td->vd", by_logits_TV, flat_TD, preferred_element_type=jnp.float32))
+        if trained:
+            flat_TD = constrain(hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), None, None)
+            by_weight_VD = _spread(by_weight_VD + jnp.einsum("tv,td->vd", by_logits_TV, flat_TD, preferred_element_type=jnp.float32))
         return loss + new, by_weight_VD, _put(parts, (logp_MC, entropy_MC, by_hidden_MCD), index, chunk)
 
     zeros_ML = jnp.zeros(targets_ML.shape, jnp.float32)
-    none = (jnp.float32(0.0), _spread(jnp.zeros(weight_VD.shape, jnp.float32)), [zeros_ML, zeros_ML, jnp.zeros_like(hidden_MLD)])
+    zeros_VD = _spread(jnp.zeros(weight_VD.shape, jnp.float32)) if trained else None
+    none = (jnp.float32(0.0), zeros_VD, [zeros_ML, zeros_ML, jnp.zeros_like(hidden_MLD)])
     loss, by_weight_VD, (logp_ML, entropy_ML, by_hidden_MLD) = jax.lax.fori_loop(0, _chunks(counts_M, chunk), add, none)
-    return (loss, logp_ML, entropy_ML), (by_hidden_MLD, by_weight_VD.astype(weight_VD.dtype))
+    return (loss, logp_ML, entropy_ML), (by_hidden_MLD, by_weight_VD.astype(weight_VD.dtype) if trained else None)
 
 
 def _scaled(
-    token_loss: TokenLoss, temperature: float, chunk: int, kept: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, ...]
+    token_loss: TokenLoss, temperature: float, chunk: int, kept: tuple[jax.Array, jax.Array | None], cotangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, ...]:
     del token_loss, temperature, chunk
-    by_hidden_MLD, by_weight_VD = (array * jnp.broadcast_to(cotangents[0].astype(array.dtype), array.shape) for array in kept)
-    return by_hidden_MLD, by_weight_VD, None, None, None
+    scaled = jax.tree.map(lambda array: array * jnp.broadcast_to(cotangents[0].astype(array.dtype), array.shape), kept)
+    return *scaled, None, None, None
 
 
-_loss.defvjp(_loss_and_gradients, _scaled)
+_loss.defvjp(_loss_and_gradients, _scaled, symbolic_zeros=True)
 
 
 def _logits(hidden_MCD: jax.Array, weight_VD: jax.Array, temperature: float) -> jax.Array:

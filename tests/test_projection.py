@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gadjax.losses import token_log_probs
+from gadjax.planning.flops import matrix_flops
 from gadjax.projection import projected_log_probs, projected_loss
 
 M, L, D, V = 2, 12, 8, 30
@@ -54,6 +55,18 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(chunk: int, temper
             np.testing.assert_allclose(np.asarray(each)[used], np.asarray(value)[used], rtol=1e-5, atol=1e-5)
     for one, value in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(one, value, rtol=1e-5, atol=2e-5)
+
+
+def test_of_a_frozen_projection_no_gradient_is_made():
+    hidden, weight, targets = case()
+
+    def loss(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+        return projected_loss(jnp.negative, 1.0, 4, hidden, weight, targets, jnp.array([L, L - 3]), ())[0]
+
+    trained, frozen = (jax.jit(jax.grad(loss, which)).trace(hidden, weight) for which in ((0, 1), 0))
+    all_three, two = (matrix_flops(traced.jaxpr.jaxpr, lambda _: 1) for traced in (trained, frozen))
+    assert all_three - two == 2 * M * 4 * D * V  # of a chunk
+    np.testing.assert_array_equal(jax.grad(loss)(hidden, weight), jax.grad(loss, (0, 1))(hidden, weight)[0])
 
 
 def test_what_is_not_used_is_not_computed_and_has_no_gradient():
