@@ -160,6 +160,38 @@ def test_two_processes_share_arrays_values_failures_weights_and_waits(tmp_path: 
     assert abs(waited[0] - waited[1]) < 0.5, "one did not wait for the other"
 
 
+LEFT = """
+import os, time
+from pathlib import Path
+import jax, numpy as np
+from gadjax.checkpointing import Checkpoints
+from gadjax.processes import start_processes
+from gadjax.sharding import MeshConfig, make_mesh, named_sharding, put
+from gadjax.types import Role, TrainState
+
+start_processes()
+rows, mesh = np.arange(8.0).reshape(4, 2), make_mesh(MeshConfig())
+placed = put(rows, named_sharding(("rows", None), rows.shape, mesh))
+try:
+    with Checkpoints(Path("checkpoints")) as checkpoints:
+        checkpoints.save(1, TrainState(Role({"w": placed}, {}), None), {})
+        if jax.process_index() == 1:
+            raise ValueError("alone")
+        time.sleep(6)
+        os._exit(0)
+except ValueError as error:
+    print(error)
+os._exit(3)
+"""
+
+
+def test_who_leaves_a_checkpoint_by_an_error_seals_its_part_and_asks_no_other(tmp_path: Path):
+    first, second = together(tmp_path, 2, 2, LEFT)
+    assert (first.status, second.status) == (0, 3) and second.said.endswith("alone\n")
+    assert second.seconds < first.seconds - 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "1").glob("sha256-*")) == ["sha256-0-of-2.json", "sha256-1-of-2.json"]
+
+
 @pytest.mark.parametrize("left_out", [COORDINATOR, PROCESSES, PROCESS])
 def test_what_is_told_by_half_is_refused(monkeypatch: pytest.MonkeyPatch, left_out: str):
     for name, value in ((COORDINATOR, "127.0.0.1:1"), (PROCESSES, "2"), (PROCESS, "0")):
