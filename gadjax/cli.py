@@ -9,8 +9,8 @@ line, or a fault of ours, with its traceback.
 import os
 import pkgutil
 import signal
-import sqlite3
 import sys
+import traceback
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -18,8 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gadjax.errors import Passing, UserError, no_room
-from gadjax.foreign import harmless
+from gadjax.ending import ended, leave
 from gadjax.stopping import ends_in_time
 
 COMMANDS = {  # command -> "module:function"
@@ -369,25 +368,15 @@ def main(arguments: list[str] | None = None) -> None:
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         with ends_in_time():
-            status = app(arguments, prog_name="gadjax", standalone_mode=False) or 0
-    except UserError as mistake:
-        status = _fail(str(mistake), 1 if isinstance(mistake, Passing) else 2)
-    except (OSError, sqlite3.OperationalError) as error:
-        if not no_room(error):
-            raise
-        status = _fail(f"{error}; make room there, or choose another run.folder: the same command goes on")
-    except typer.TyperException as mistake:  # the command line itself
-        status = _fail(f"{mistake.format_message()} (gadjax --help tells more)")
+            status = ended(lambda: app(arguments, prog_name="gadjax", standalone_mode=False))
+    except Exception:
+        leave(1, traceback.format_exc())
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if status == INTERRUPTED:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         status = TERMINATED if terminated else INTERRUPTED
-    if status and (processes := sys.modules.get("gadjax.processes")):
-        processes.leave(status)
+    if status:
+        leave(status)
     sys.exit(status)
-
-
-def _fail(message: str, status: int = 2) -> int:
-    print(f"gadjax: {harmless(message)}", file=sys.stderr)
-    return status

@@ -4,6 +4,7 @@ What jax does by itself where that fails is to end the process from inside, with
 looked for, and what cannot is given up a little earlier than jax would.
 """
 
+import errno
 import os
 import re
 import socket
@@ -16,14 +17,16 @@ from functools import partial
 import jax
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
-from gadjax.errors import UserError
+from gadjax.errors import Passing, UserError
 from gadjax.terminal import console
 
 # Of `jax.distributed`: "coordinator", "processes" and "process" as the command line has them.
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # jax's too: where process 0 listens, by default at that port for every address
 FIND_WITHIN = 300.0  # seconds in which all processes have to be started
 DEAD_AFTER = 60  # seconds without a sign of life from a process, after which the others end too
 LEAVE_WITHIN = 30  # seconds between the ends of the first process and the last, after which something is wrong
+FAIL_WITHIN = 8  # seconds in which all processes fail if they do so for the same reason
 
 
 def start_processes() -> None:
@@ -54,15 +57,22 @@ def start_processes() -> None:
     console.quiet = jax.distributed.is_initialized() and jax.process_index() != 0
 
 
-def leave(status: int) -> None:
-    """Ends the process at once, with this status, where it fails and the others do not: they would not leave together with it."""
+def leave(status: int, last_words: str = "") -> None:
+    """Ends the process with this status where it fails and the others do not; they would not leave together with it.
+
+    The others lose sight of it then, and end too.
+
+    Args:
+        status: not 0.
+        last_words: what is printed before the end.
+    """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     try:
-        get_barrier_sync_fn()(key="gadjax leaves", timeout_ms=1000 * LEAVE_WITHIN)
+        get_barrier_sync_fn()(key="gadjax leaves", timeout_ms=1000 * FAIL_WITHIN)
     except Exception:  # the barrier's own
+        print(last_words, end="", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
 
 
@@ -82,18 +92,28 @@ def _checked(coordinator: str | None, processes: str | None, process: str | None
 
 
 def _check_address(coordinator: str, first: bool) -> None:
-    """That there is such a host; and for process 0, which the others ask, that nobody else answers at the port."""
+    """That there is such a host; and for process 0, which the others ask, that no other program answers at the port."""
     host, _, port = coordinator.rpartition(":")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        what = f"there is no host {host} ({error.strerror})"
-        raise UserError("--coordinator", what, "write the name or address of process 0's host") from error
+    except (OSError, UnicodeError) as error:
+        kind = Passing if isinstance(error, OSError) and error.errno == socket.EAI_AGAIN else UserError
+        what = f"there is no host {host} ({getattr(error, 'strerror', None) or error})"
+        raise kind("--coordinator", what, "write the name or address of process 0's host") from error
     if first:
-        try:
-            socket.create_server(("", int(port))).close()
-        except OSError as error:
-            raise UserError("--coordinator", f"port {port} cannot be listened at ({error.strerror})", "choose another") from error
+        _check_port(os.environ.get(BIND, f"[::]:{port}"))
+
+
+def _check_port(bound: str) -> None:
+    host, _, port = bound.rpartition(":")
+    host = host.strip("[]")
+    both = host == "::" and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ":" in host and (both or host != "::") else socket.AF_INET
+    try:
+        socket.create_server(("" if host == "::" else host, int(port)), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        kind = Passing if error.errno == errno.EADDRINUSE else UserError  # an earlier process may still be ending there
+        raise kind("--coordinator", f"port {port} cannot be listened at ({error.strerror})", "choose another") from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from gadjax.sharding import constrain
 
@@ -134,6 +135,8 @@ def _scaled(
     token_loss: TokenLoss, temperature: float, chunk: int, kept: tuple[jax.Array, jax.Array | None], cotangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, ...]:
     del token_loss, temperature, chunk
+    if isinstance(cotangents[0], SymbolicZero):  # nothing depends on the loss
+        return (None,) * 5
     scaled = jax.tree.map(lambda array: array * jnp.broadcast_to(cotangents[0].astype(array.dtype), array.shape), kept)
     return *scaled, None, None, None
 

@@ -22,12 +22,14 @@ def restored(folder: epath.Path, abstract: Any) -> Any:
 def _largest(stored: Any, abstract: Any) -> int:
     """Bytes of the largest part that is read at once. What was saved in other parts is read in whole ones of those."""
     found, wanted = (ocp.tree.to_flat_dict(tree, sep=".") for tree in (stored.tree, abstract))
-    return max((_bytes(found[name], leaf) for name, leaf in wanted.items() if name in found), default=0)
+    return max(_bytes(found.get(name), leaf) for name, leaf in wanted.items())
 
 
 def _bytes(stored: Any, leaf: jax.ShapeDtypeStruct) -> int:
-    part, chunks = leaf.sharding.shard_shape(leaf.shape), stored.storage.chunk_shape
-    return math.prod(map(_covering, part, chunks)) * stored.dtype.itemsize
+    part = leaf.sharding.shard_shape(leaf.shape)
+    if stored is None:  # Orbax tells what is missing
+        return math.prod(part) * leaf.dtype.itemsize
+    return math.prod(map(_covering, part, stored.storage.chunk_shape)) * stored.dtype.itemsize
 
 
 def _covering(size: int, chunk: int) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gadjax.errors import UserError
+from gadjax.errors import Passing, UserError
 from gadjax.metrics import read
-from gadjax.processes import COORDINATOR, PROCESS, PROCESSES, start_processes
+from gadjax.processes import BIND, COORDINATOR, PROCESS, PROCESSES, start_processes
 from tests import tiny
 
 CONFIG = tiny.with_stages(
@@ -219,24 +219,45 @@ def test_what_is_told_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch, told: 
         start_processes()
 
 
-def test_a_host_that_is_not_known_is_told(monkeypatch: pytest.MonkeyPatch):
-    def unknown(*_: object, **__: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    for name, value in ((COORDINATOR, "tpu-O:8476"), (PROCESSES, "2"), (PROCESS, "1")):
+def told_of(monkeypatch: pytest.MonkeyPatch, coordinator: str, process: int) -> UserError:
+    """What is said of an address."""
+    for name, value in ((COORDINATOR, coordinator), (PROCESSES, "2"), (PROCESS, str(process))):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(UserError, match=r"--coordinator: there is no host tpu-O \(Name or service not known\); write "):
+    with pytest.raises(UserError) as told:
         start_processes()
+    return told.value
 
 
-def test_a_port_that_another_program_has_is_told(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("number", "said", "kind"),
+    [
+        (socket.EAI_NONAME, "Name or service not known", UserError),
+        (socket.EAI_AGAIN, "Temporary failure in name resolution", Passing),
+    ],
+)
+def test_a_host_that_is_not_known_is_told(monkeypatch: pytest.MonkeyPatch, number: int, said: str, kind: type[UserError]):
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(number, said)
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    told = told_of(monkeypatch, "tpu-O:8476", 1)
+    assert type(told) is kind and str(told).startswith(f"--coordinator: there is no host tpu-O ({said}); write ")
+
+
+def test_what_is_no_name_of_a_host_is_told(monkeypatch: pytest.MonkeyPatch):
+    assert str(told_of(monkeypatch, "tpu..1:8476", 1)).startswith("--coordinator: there is no host tpu..1 (")
+
+
+@pytest.mark.parametrize("bound", [None, "127.0.0.1:{}", "[::]:{}"])
+def test_a_port_that_another_program_has_is_told(monkeypatch: pytest.MonkeyPatch, bound: str | None):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for name, value in ((COORDINATOR, f"127.0.0.1:{port}"), (PROCESSES, "2"), (PROCESS, "0")):
-            monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=rf"--coordinator: port {port} cannot be listened at \(.*in use.*\); choose another"):
-            start_processes()
+        if bound:
+            monkeypatch.setenv(BIND, bound.format(port))
+        told = told_of(monkeypatch, f"127.0.0.1:{port}", 0)
+    assert type(told) is Passing and re.fullmatch(
+        rf"--coordinator: port {port} cannot be listened at \(.*in use.*\); choose another", str(told)
+    )
 
 
 ALONE = """
@@ -253,28 +274,48 @@ def test_a_process_whose_others_do_not_come_says_so(tmp_path: Path, process: int
     assert re.fullmatch(r"gadjax: the 2 processes that are to meet at \S+ are not all there after 2 s; start all of them, .*\n", ended.said)
 
 
-REFUSED = """
-import os, sys, time
+FAILING = """
+import os, signal, sys, time
 from gadjax import processes
 from gadjax.cli import main
+from gadjax.runs import Run
 
-processes.FIND_WITHIN, processes.LEAVE_WITHIN = 60.0, 4
-if os.environ["JAX_PROCESS_ID"] in sys.argv.pop(1):
+processes.FIND_WITHIN, processes.FAIL_WITHIN = 60.0, 3
+which, how = sys.argv.pop(1).split(":")
+if how == "fault":
+    Run.open = lambda *_: 1 / 0
+if how == "terminated":
+    Run.open = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))
+if os.environ["JAX_PROCESS_ID"] in which:
     main()
 processes.start_processes()
 time.sleep(8)
 os._exit(0)
 """
+SAID = {"refused": "gadjax: seeed: ", "fault": "Traceback ", "terminated": "interrupted; "}
 
 
-@pytest.mark.parametrize("refused", ["1", "01"], ids=["one", "both"])
-def test_who_is_refused_ends_with_status_2(tmp_path: Path, refused: str):
+@pytest.mark.parametrize(
+    ("failing", "how", "status"),
+    [
+        ("1", "refused", 2),
+        ("0", "refused", 2),
+        ("01", "refused", 2),
+        ("1", "fault", 1),
+        ("1", "terminated", 143),
+        ("01", "terminated", 143),
+    ],
+)
+def test_who_fails_ends_with_its_own_status(tmp_path: Path, failing: str, how: str, status: int):
     (tmp_path / "wrong.yaml").write_text("seeed: 3")
-    ended = together(tmp_path, 2, 1, REFUSED, refused, "run", "wrong.yaml")
-    assert [process.status for process in ended] == ([2, 2] if refused == "01" else [0, 2])
-    for process in ended:
-        assert process.said.startswith("gadjax: seeed: ") == (process.status == 2)
-        assert process.said.count("\n") == (process.status == 2), process.said
+    start = time.monotonic()
+    ended = together(tmp_path, 2, 1, FAILING, f"{failing}:{how}", "run", "wrong.yaml")
+    for index in map(int, failing):
+        assert ended[index].status == status, ended[index].said
+        assert ended[index].said.startswith(SAID[how]) and ended[index].seconds < start + 30
+        assert ended[index].said.count("\n") == 1 or ended[index].said.endswith("ZeroDivisionError: division by zero\n")
+    if failing == "1":  # without process 0 there is no going on
+        assert (ended[0].status, ended[0].said) == (0, "")
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------------

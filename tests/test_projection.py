@@ -69,6 +69,16 @@ def test_of_a_frozen_projection_no_gradient_is_made():
     np.testing.assert_array_equal(jax.grad(loss)(hidden, weight), jax.grad(loss, (0, 1))(hidden, weight)[0])
 
 
+def test_log_probabilities_and_entropies_have_no_gradient():
+    hidden, weight, targets = case()
+
+    def found(hidden: jax.Array) -> jax.Array:
+        _, logp, entropy = projected_loss(jnp.negative, 1.0, 4, hidden, weight, targets, jnp.array([L, L]), ())
+        return jnp.sum(logp + entropy)
+
+    assert not np.any(jax.grad(found)(hidden))
+
+
 def test_what_is_not_used_is_not_computed_and_has_no_gradient():
     hidden, weight, targets = case()
     hidden, counts = hidden.at[:, 8:].set(jnp.nan), jnp.array([7, 5])

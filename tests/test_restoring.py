@@ -1,16 +1,20 @@
 """What is read of a checkpoint at once."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gadjax import restoring
+from gadjax.checkpointing import Checkpoints
 from gadjax.restoring import restored
+from gadjax.types import Role, TrainState
 
 VALUES = np.arange(8 * 24, dtype=np.float32).reshape(8, 24)
 
@@ -30,6 +34,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
 
 def abstract(*axes: str | None) -> Any:
     return {"one": [jax.ShapeDtypeStruct(VALUES.shape, VALUES.dtype, sharding=laid_out(*axes))]}
+
+
+def test_the_parts_of_a_model_and_its_optimizer_are_found_by_name(tmp_path: Path):
+    """Orbax names what it keeps as it likes; what were not found would count as it is wanted now, not as it was written."""
+    params = {"weight": jax.device_put(VALUES, laid_out())}
+    role = Role(params, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(params))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, TrainState(role, None), {})
+    divided = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=laid_out(*("a", "b")[: leaf.ndim])), role)
+    stored = ocp.StandardCheckpointHandler().metadata(epath.Path(tmp_path) / "1" / "student")
+    names = [set(ocp.tree.to_flat_dict(tree, sep=".")) for tree in (stored.tree, divided)]
+    assert names[0] == names[1] and len(names[0]) == 4
+    assert restoring._largest(stored, divided) == 4 * 2 * 24  # the eight devices wrote a row each
 
 
 @pytest.fixture

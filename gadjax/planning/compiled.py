@@ -71,8 +71,9 @@ class Refused(Exception):
     def __init__(self, error: Exception):
         super().__init__(first_line(error)[:200])
         sizes = dict(zip("KMG", (2**-20, 2**-10, 1.0), strict=True))
-        too_much = re.search(r"[Ee]xceeded \w+ capacity by ([0-9.]+)([KMG])", str(error))
-        self.over = float(too_much[1]) * sizes[too_much[2]] if too_much else (HARDLY if MEMORY in str(error) else None)
+        too_much = re.search(r"[Ee]xceeded hbm capacity by ([0-9.]+)([KMG])", str(error))
+        lacks = MEMORY in str(error) and not re.search("memory space [sv]mem", str(error))  # of a kernel, which no config makes smaller
+        self.over = float(too_much[1]) * sizes[too_much[2]] if too_much else (HARDLY if lacks else None)
 
 
 def measure(step: Step, topology: Topology) -> Measured:

@@ -6,7 +6,6 @@ from typing import Any
 
 from gadjax.config import Config
 from gadjax.errors import UserError
-from gadjax.models.adapters import AdaptersConfig
 from gadjax.models.rematerialisation import KEPT
 from gadjax.planning.budget import Budget, Moment
 from gadjax.planning.suggest import ROW_TOKENS
@@ -28,10 +27,10 @@ def knob(config: Config, limit: float, budget_of: Callable[[Config], Budget], ov
     if found := _enough(config, limit, budget_of, over or {}):
         return found
     if config.adapters is None:
-        on_one_base = config.model_copy(update={"adapters": AdaptersConfig(rank=RANK)})
-        with suppress(UserError):  # no adapters for this student
-            if found := _enough(on_one_base, limit, budget_of, {}):
-                return f"adapters={{rank: {RANK}}} {found}"
+        with suppress(UserError):  # there are students and discriminators that stand on no base
+            on_one_base = Config.model_validate(config.model_dump(by_alias=True) | {"adapters": {"rank": RANK}})
+            if found := _enough(on_one_base, limit, budget_of, over or {}):
+                return f"adapters.rank={RANK} {found}"
     return MORE
 
 
