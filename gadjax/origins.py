@@ -126,7 +126,7 @@ def role_from(origin: str, role: str, models: Models, student: Path, key: jax.Ar
         check_base(models, checkpoints.restore_host(step), origin)
         try:
             return checkpoints.restore_role(step, role, models.abstract_role(network))
-        except (ValueError, KeyError) as error:  # Orbax: the trees or the shapes differ
+        except (ValueError, KeyError, FileNotFoundError) as error:  # Orbax: there is none, or the trees or the shapes differ
             raise UserError(origin, f"has no {role} like this run's", mend) from error
 
 

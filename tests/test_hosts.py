@@ -180,7 +180,7 @@ try:
         time.sleep(6)
         os._exit(0)
 except ValueError as error:
-    print(error)
+    print(error, flush=True)
 os._exit(3)
 """
 
