@@ -15,7 +15,8 @@ from gadjax.bench import lengths_of
 
 D, F, V, KV, LAYERS = 512, 1408, 32_000, 128, 8
 STEPS, REPEATS = 20, 5
-ROWS = (32, 16, 8, 4, 2, 1)
+ROWS = (32, 24, 20, 16, 12, 8, 4, 2, 1)
+HALVES = (32, 16, 8)  # the numbers of slots that the engine has, one after the other
 STEP = "all of a step"  # as the engine has them, layer by layer: together they do not stay in the processor's cache
 
 Weights = list[jax.Array]
@@ -92,8 +93,10 @@ def main() -> None:
     of_rows = dict(zip(ROWS, took[STEP], strict=True))
     lengths = lengths_of(32, 256, 0)
     alive = [sum(length > step for length in lengths) for step in range(max(lengths))]
-    floor = sum(min(of_rows[rows] for rows in ROWS if rows >= count) for count in alive) / 1e3
-    print(f"products of the rollout: {floor:.2f} s, {sum(lengths) / floor:.0f} tokens/s")
+    for offered in (HALVES, (*HALVES, 4), (*HALVES, 24, 20, 12), ROWS):
+        floor = sum(min(of_rows[rows] for rows in offered if rows >= count) for count in alive) / 1e3
+        slots = ", ".join(map(str, sorted(offered, reverse=True)))
+        print(f"products of the rollout with {slots} slots: {floor:.2f} s, {sum(lengths) / floor:.0f} tokens/s")
 
 
 if __name__ == "__main__":
