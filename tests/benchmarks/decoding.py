@@ -90,7 +90,7 @@ def main() -> None:
     for name, (products, *others) in tried.items():
         took[name] = [1e3 * seconds(products, weights(rows, D, count=1)[0], *others) for rows in ROWS]
         print(f"{name:>26}", *(f"{each:6.2f}" for each in took[name]))
-    of_rows = dict(zip(ROWS, took[STEP], strict=True))
+    of_rows: dict[int, float] = dict(zip(ROWS, took[STEP], strict=True))
     lengths = lengths_of(32, 256, 0)
     alive = [sum(length > step for length in lengths) for step in range(max(lengths))]
     for offered in (HALVES, (*HALVES, 4), (*HALVES, 24, 20, 12), ROWS):
