@@ -226,6 +226,12 @@ def test_one_gpu_is_planned_for_by_arithmetic_and_adapters_make_it_enough(
         plan(file, ["mesh.context=1"], "h100", (100, 100, 400), True, False)
 
 
+def test_the_benchmark_for_one_gpu_fits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(topology, "gpus", no_compiler)
+    made = plan_of(load_config(Path(__file__).parent / "benchmarks" / "gpu.yaml", []), topology_of("h100"), TEXTS)
+    assert made["fits"] and made["arithmetic"]["residents"]["student"] == pytest.approx(12 * 1.5437e9 / GIB, rel=1e-3)
+
+
 def tight(config: Path, share: float, *overrides: str) -> tuple[Config, Topology, Budget]:
     """A config, chips with room for what lies there and this share of what comes beside it, and the arithmetic."""
     loaded, found = load_config(config, ["student.random.words=20", *overrides]), topology_of("local")
