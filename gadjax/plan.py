@@ -82,11 +82,12 @@ def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
 
 def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, Any]:
     """The plan, as `--json` prints it."""
+    traced, limit = traced_of(config, topology, texts), topology.chip.memory / GIB
+    counted = budget_of(traced, topology.compiles)
 
-    def budget(config: Config) -> Budget:
-        return budget_of(traced_of(config, topology, texts), compiles=topology.compiles)
+    def budget(changed: Config) -> Budget:
+        return budget_of(traced_of(changed, topology, texts), topology.compiles)
 
-    traced, counted, limit = traced_of(config, topology, texts), budget(config), topology.chip.memory / GIB
     made: dict[str, Any] = {"fits": False, "topology": topology.name, "chips": topology.chips, "devices": len(topology.devices)}
     made |= {"memory_gib": limit, "compiled": topology.compiles, "missing": topology.missing, "counted": COUNTED}
     made |= {"arithmetic": asdict(counted) | {"needed_gib": counted.needed}, "steps": {}, "run": {}}
@@ -114,7 +115,7 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
 
 
 def _beyond(counted: Budget, program: str, needed: float) -> dict[Moment, float]:
-    """What the compiler has found that a program needs beyond arithmetic; something, even where it does not tell how much."""
+    """What the compiler has found that a program needs beyond arithmetic."""
     moment = WHEN.get(program, "rollout")
     return {moment: max(needed - counted.during(moment), 0.0)}
 

@@ -36,7 +36,7 @@ def start_processes() -> None:
     others do not come, the process ends here, with status 1.
 
     Raises:
-        UserError: the environment tells half of it, or an address that cannot be used.
+        UserError: the environment tells half of it, or an address that cannot be used; a `Passing` where it may be usable later.
     """
     told = [os.environ.get(name) for name in (COORDINATOR, PROCESSES, PROCESS)]
     join = partial(
@@ -92,7 +92,7 @@ def _checked(coordinator: str | None, processes: str | None, process: str | None
 
 
 def _check_address(coordinator: str, first: bool) -> None:
-    """That there is such a host; and for process 0, which the others ask, that no other program answers at the port."""
+    """Checks that there is such a host; and for process 0, whom the others ask, that no other program answers at the port."""
     host, _, port = coordinator.rpartition(":")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)

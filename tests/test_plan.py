@@ -260,6 +260,14 @@ def test_the_knob_makes_it_fit(config: Path, share: float, overrides: tuple[str,
     assert counted.needed * GIB <= small.chip.memory and then == f"{counted.needed:.1f} GiB by arithmetic)"
 
 
+def test_the_knob_names_no_config_that_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """A discriminator with weights of its own has no base to stand on."""
+    monkeypatch.setattr(topology, "gpus", no_compiler)
+    file, own = Path(__file__).parent.parent / "configs" / "paper" / "qwen2.5-7b.yaml", "stages.gad.discriminator.random={width: 64}"
+    knobs = [plan_of(load_config(file, ["mesh.context=1", *more]), topology_of("h100"), TEXTS)["knob"] for more in ([], [own])]
+    assert knobs[0].startswith("adapters.rank=64 ") and knobs[1].startswith("more chips")
+
+
 def test_what_the_compiler_finds_beyond_arithmetic_counts_for_the_knob(config: Path, monkeypatch: pytest.MonkeyPatch):
     loaded, chips, counted = tight(config, 1.1, "data.max_response_tokens=200", "data.row_tokens=4096")
     limit, needs = chips.chip.memory / GIB, dict[str, float]()
