@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Most of a test's time is compilation, and most of that what makes programs faster than a test needs.
+# With JAX_DISABLE_MOST_OPTIMIZATIONS=0 the programs are those that users have.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    f" --xla_cpu_use_fusion_emitters={int(os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '0')}"
+)
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of a test's time is compilation
 
 import jax
 import pytest

@@ -199,7 +199,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> tiny.Tiny:
     made = tiny.Tiny.make(tmp_path_factory.getbasetemp(), "adapters", CONFIG)
     texts = [{"prompt": f"say {number}", "response": "so " * (number % 5) + str(number)} for number in range(48)]
     (made.folder / "answers.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    environment = made.environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = made.environment | {"XLA_FLAGS": tiny.on_devices(8)}
     done = subprocess.run([sys.executable, "-c", AGAIN], cwd=made.folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "gad: goes on after step 2" in done.stderr

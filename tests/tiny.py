@@ -37,6 +37,11 @@ SAMPLING = f"{COMMON}, group_size: 2"
 MAIN = "from gadjax.cli import main; main()"
 
 
+def on_devices(count: int) -> str:
+    """XLA's flags for a process with so many devices, of which the last word counts."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+
+
 def with_stages(**stages: str) -> str:
     """The config with other stages, each as YAML's `key: value, ...`."""
     before, after = CONFIG.index("stages:"), CONFIG.index("evaluation:")
@@ -73,8 +78,7 @@ class Tiny:
             os.environ
             | SECRETS
             | {
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "XLA_FLAGS": on_devices(2),
                 "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "PYTHONPATH": str(Path(__file__).parent.parent),
