@@ -25,7 +25,7 @@ from gadjax.planning.knob import knob
 from gadjax.planning.programs import Traced, bytes_on_chip
 from gadjax.planning.schedule import EFFICIENCY, WRITTEN, seconds_of, stages_of, teacher_of, told
 from gadjax.planning.student import dims_of
-from gadjax.planning.suggest import suggest
+from gadjax.planning.suggest import as_written, suggest
 from gadjax.planning.topology import LOCAL, Topology, topology_of
 from gadjax.planning.workload import Workload
 from gadjax.steps import Models, Programs
@@ -214,6 +214,5 @@ def _show_suggestions(found: list[dict[str, Any]]) -> None:
     if not found:
         say("nothing that was tried fits; `gadjax plan` without --suggest tells what to change")
     for each in found:
-        Console(highlight=False, width=PLAIN_WIDTH).print(
-            ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in each.items()), markup=False
-        )
+        takes = f"{each['needed_gib']:.1f} GiB a chip, {each['seconds_per_step']:.1f} s a step at {EFFICIENCY:.0%} of the roofline"
+        Console(highlight=False, width=PLAIN_WIDTH).print(f"{as_written(each['settings'])}: {takes}", markup=False)

@@ -18,6 +18,7 @@ from gadjax.cli import main
 from gadjax.config import Config, StudentConfig, load_config
 from gadjax.errors import UserError
 from gadjax.models.decoder import language_model
+from gadjax.models.rematerialisation import KEPT
 from gadjax.plan import Supposed, plan, plan_of, traced_of
 from gadjax.planning import compiled, suggest, topology
 from gadjax.planning.budget import Budget, budget_of
@@ -25,8 +26,10 @@ from gadjax.planning.compiled import Measured, Refused
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.gpus import OF, target_of
 from gadjax.planning.hlo import moved
+from gadjax.planning.programs import Step
 from gadjax.planning.schedule import Teacher, teacher_of
 from gadjax.planning.student import dims_of, known, known_names
+from gadjax.planning.suggest import as_written
 from gadjax.planning.topology import Topology, topology_of
 from gadjax.planning.workload import Workload
 from gadjax.sharding import MeshConfig, make_mesh
@@ -420,32 +423,48 @@ def test_short_prompts_are_prefilled_as_such(config: Path):
 
 
 def test_what_the_compiler_refuses_is_not_suggested(config: Path, monkeypatch: pytest.MonkeyPatch):
-    needs = iter([None, 2.0, 0.5, 1.0])  # shares of what there is; None: refused
+    loaded, place = load_config(config, ["student.random.words=20"]), topology_of("local")
+    others = {step.name for step in planned.traced_of(loaded, place, TEXTS).all()} - {"student", "discriminator"}
+    # What candidate after candidate needs: shares of what there is; None: refused.
+    needs = {"student": iter([None, 2.0, 0.5, 0.75, 0.5]), "discriminator": iter([None, 0.5, 0.25])}
+    asked: list[str] = []
 
-    def measure(_: Any, topology: Topology) -> Any:
-        if (share := next(needs)) is None:
+    def measure(step: Step, topology: Topology) -> Any:
+        asked.append(step.name)
+        if (share := next(needs.get(step.name, iter([0.125])))) is None:
             raise Refused(RuntimeError("RESOURCE_EXHAUSTED: ran out of memory"))
-        return SimpleNamespace(needed_gib=share * topology.chip.memory / GIB, roofline_seconds=share)
+        return SimpleNamespace(needed_gib=share * topology.chip.memory / GIB, roofline_seconds=share, times=step.times)
 
     monkeypatch.setattr(suggest, "measure", measure)
     monkeypatch.setattr(suggest, "COMPILED", 2)
     monkeypatch.setattr(suggest, "CONTEXTS", (1,))
+    monkeypatch.setattr(suggest, "TENSORS", (1, 2))
     monkeypatch.setattr(suggest, "ROWS", (1,))
-    loaded, place = load_config(config, ["student.random.words=20"]), topology_of("local")
     found = suggest.suggest(loaded, place, lambda each: planned.traced_of(each, place, TEXTS))
-    assert [each["roofline_seconds"] for each in found] == [0.5, 1.0]
+    assert [each["needed_gib"] * GIB / place.chip.memory for each in found] == [0.5, 0.75], "the second that fits has the shorter step"
+    meshes = {each["settings"]["mesh.tensor"] for each in found}
+    assert all(asked.count(name) == len(meshes) for name in others), "what does not depend on the rows is compiled once for a mesh"
     monkeypatch.setattr(suggest, "measure", lambda *_: (_ for _ in ()).throw(RuntimeError("another fault")))
     with pytest.raises(RuntimeError, match="another fault"):
         suggest.suggest(loaded, place, lambda each: planned.traced_of(each, place, TEXTS))
 
 
-def test_suggestions_are_ranked_and_compiled(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_suggestions_are_compiled_and_ranked_by_a_whole_step(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(suggest, "COMPILED", 2)
     monkeypatch.setattr(suggest, "ROWS", (1,))
+    monkeypatch.setattr(suggest, "KEPT", {True: KEPT[True]})
     plan(config, ["student.random.words=20"], "local", (100, 8, 8), True, True)
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 2
-    assert [each["arithmetic_seconds"] for each in found] == sorted(each["arithmetic_seconds"] for each in found)
-    for each in found:
-        assert each["mesh.fsdp"] * each["mesh.context"] * each["mesh.tensor"] == len(jax.devices()) and each["needed_gib"] > 0
-        assert each["data.rows"] % each["mesh.fsdp"] == 0
+    assert [each["seconds_per_step"] for each in found] == sorted(each["seconds_per_step"] for each in found)
+    settings = found[0]["settings"]
+    assert settings["mesh.fsdp"] * settings["mesh.context"] * settings["mesh.tensor"] == len(jax.devices())
+    assert settings["data.rows"] % settings["mesh.fsdp"] == 0
+    # Taken as they are written, they give the plan that was suggested.
+    made = planned.plan_of(
+        load_config(config, ["student.random.words=20", *as_written(settings).split()]), topology_of("local"), Supposed(100, 8, 8)
+    )
+    assert made["run"]["seconds_per_step"] == pytest.approx(found[0]["seconds_per_step"])
+    assert max(step["needed_gib"] for step in made["steps"].values()) == pytest.approx(found[0]["needed_gib"])

@@ -10,11 +10,13 @@ from gadjax.data.packing import RowShape
 from gadjax.errors import UserError
 from gadjax.models.rematerialisation import KEPT, Rematerialise
 from gadjax.planning.budget import budget_of
-from gadjax.planning.compiled import Refused, measure
+from gadjax.planning.compiled import Measured, Refused, measure
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.programs import Traced
+from gadjax.planning.schedule import seconds_of
 from gadjax.planning.topology import Topology
 from gadjax.sharding import MeshConfig
+from gadjax.terminal import say
 
 TENSORS = (1, 2, 4, 8)
 CONTEXTS = (1, 2, 4)
@@ -22,36 +24,66 @@ ROW_TOKENS = (4096, 6144, 8192, 12288, 16384)
 ROWS = (1, 2, 4)  # of a micro-batch, for each device that has rows of its own
 COMPILED = 3
 REFUSED = 9  # more that are tried for these, where the compiler finds that they do not fit after all
+OF_ROWS = ("student", "discriminator")  # programs that read packed rows
 
 Works = dict[tuple[RowShape, Rematerialise], tuple[float, int]]
 
 
 def suggest(config: Config, topology: Topology, traced_of: Callable[[Config], Traced]) -> list[dict[str, Any]]:
-    """The best meshes and rows for the student's step, the best first.
+    """The best meshes and rows for a training step, the best first, as settings of the config and what the compiler says of them.
 
-    By arithmetic: seconds are FLOPs at the chips' peak plus what travels over their links, that is the weights three times a micro-batch,
-    where `tensor` divides the layers every layer's tokens eight times, and where `context` divides the rows every layer's keys and values
-    three times. Copies of the weights, the axis `data`, would take memory and save nothing of that. What does not fit, by arithmetic or by
-    the compiler, is left out.
+    Ranked by arithmetic, for the student's step: seconds are FLOPs at the chips' peak plus what travels over their links, that is the
+    weights three times a micro-batch, where `tensor` divides the layers every layer's tokens eight times, and where `context` divides the
+    rows every layer's keys and values three times. Copies of the weights, the axis `data`, would take memory and save nothing of that.
+    Of the best every program of a step is compiled, and those of which all programs fit are put in the order of the whole step's time.
     """
     works: Works = {}
     samples = traced_of(config).programs.samples
     judged = (_judge(each, topology, traced_of, works) for each in _candidates(config, topology, samples))
     ranked = sorted((found for found in judged if found), key=lambda found: found[0])
     suggestions: list[dict[str, Any]] = []
+    of_meshes: dict[tuple[str, str], Measured] = {}
     for seconds, candidate, traced in ranked[: COMPILED + REFUSED]:
         if len(suggestions) == COMPILED:
             break
+        settings = _settings(candidate)
+        say("compiling " + as_written(settings))
+        if measured := _measured(candidate, traced, topology, of_meshes):
+            needed = max(each.needed_gib for each in measured.values())
+            told = {"arithmetic_seconds": seconds, "needed_gib": needed, "seconds_per_step": seconds_of(measured)}
+            suggestions.append({"settings": settings} | told)
+    return sorted(suggestions, key=lambda suggestion: suggestion["seconds_per_step"])
+
+
+def as_written(settings: dict[str, Any]) -> str:
+    """As the command line takes them."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
+
+
+def _settings(candidate: Config) -> dict[str, Any]:
+    mesh = {f"mesh.{axis}": size for axis, size in candidate.mesh.model_dump().items()}
+    rows = {"data.row_tokens": candidate.data.row_tokens, "data.rows": candidate.data.rows}
+    return mesh | rows | {"student.rematerialise": candidate.student.rematerialise}
+
+
+def _measured(candidate: Config, traced: Traced, topology: Topology, of_meshes: dict[tuple[str, str], Measured]) -> dict[str, Measured]:
+    """Every program, those with rows first, which are the largest; nothing if one does not fit.
+
+    `of_meshes` is filled with the others, which do not depend on the rows.
+    """
+    measured: dict[str, Measured] = {}
+    for step in reversed(traced.all()):
+        known = candidate.mesh.model_dump_json(), step.name
         try:
-            measured = measure(traced.student(), topology)
+            found = of_meshes.get(known) or measure(step, topology)
         except Refused:
-            continue
-        if measured.needed_gib <= topology.chip.memory / GIB:
-            told = {f"mesh.{axis}": size for axis, size in candidate.mesh.model_dump().items()}
-            told |= {"data.row_tokens": candidate.data.row_tokens, "data.rows": candidate.data.rows}
-            told |= {"student.rematerialise": candidate.student.rematerialise, "arithmetic_seconds": seconds}
-            suggestions.append(told | {"needed_gib": measured.needed_gib, "roofline_seconds": measured.roofline_seconds})
-    return suggestions
+            return {}
+        if step.name not in OF_ROWS:
+            of_meshes[known] = found
+        if found.needed_gib > topology.chip.memory / GIB:
+            return {}
+        measured[step.name] = found
+    return measured
 
 
 def _candidates(config: Config, topology: Topology, samples: int) -> list[Config]:
