@@ -44,6 +44,7 @@ COMMANDS = {  # command -> "module:function"
 # The TPU's compiler without a TPU: nobody is asked what machine this is, and several processes may compile.
 COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LIBRARY_LOG_LEVEL": "3"}
 COMPILE_ONLY |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}  # any: else it complains that it finds none
+COMPILE_ONLY |= {"TF_CPP_MIN_LOG_LEVEL": "2"}  # errors alone: of what XLA warns about layouts the plan tells what it costs
 
 WHOLE_GPU = ("run", "train", "study", "bench", "plan")  # the last for what `local` has
 

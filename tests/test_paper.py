@@ -57,7 +57,9 @@ def compiler_for(topology: str) -> None:
 def planned(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-c", "from gadjax.cli import main; main()", "plan", "--json", *arguments]
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert all(line.startswith("compiling ") for line in found.stderr.splitlines()), found.stderr
     made = json.loads(found.stdout)
     assert made["fits"], made.get("why")
     assert list(made["steps"]) == ["loading", "weights", "prefill", "decode", "discriminator", "student"]
