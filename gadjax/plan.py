@@ -1,7 +1,7 @@
 """`gadjax plan`: what a config needs on a topology, how long it takes and what it costs, without an accelerator, weights or data.
 
-Memory is told by arithmetic first. What can fit is compiled, every program of a step of the last stage that samples (where none does, of
-the last stage), by the compiler of those chips. FLOPs are counted as `gadjax.planning.flops` says, bytes as `gadjax.planning.hlo` does; a
+Memory is told by arithmetic first. What can fit is compiled, every program of a step of the stage that needs the most of it, by the
+compiler of those chips. FLOPs are counted as `gadjax.planning.flops` says, bytes as `gadjax.planning.hlo` does; a
 roofline time is the longest of FLOPs, memory and links at the chip's limits, and hours suppose that programs reach half of it.
 """
 
@@ -13,7 +13,6 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from gadjax.algorithms.stage import SamplingStageConfig
 from gadjax.chips import GIB
 from gadjax.config import Config, load_config
 from gadjax.errors import UserError
@@ -22,7 +21,7 @@ from gadjax.origins import discriminator_dims
 from gadjax.planning.budget import WHEN, Budget, Moment, budget_of
 from gadjax.planning.compiled import Measured, Refused, measure
 from gadjax.planning.knob import knob
-from gadjax.planning.programs import Traced, bytes_on_chip
+from gadjax.planning.programs import Traced, bytes_on_chip, rows_of
 from gadjax.planning.schedule import EFFICIENCY, WRITTEN, seconds_of, stages_of, teacher_of, told
 from gadjax.planning.student import dims_of
 from gadjax.planning.suggest import as_written, suggest
@@ -30,7 +29,6 @@ from gadjax.planning.topology import LOCAL, Topology, topology_of
 from gadjax.planning.workload import Workload
 from gadjax.steps import Models, Programs
 from gadjax.terminal import PLAIN_WIDTH, say
-from gadjax.types import Cells
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,8 @@ def plan(config: Path, overrides: list[str], topology: str, supposed: tuple[int,
     if suggests and not place.compiles:
         raise UserError("--suggest", f"compiles, and for {place.name} nothing can be ({place.missing})", "plan it without")
     if suggests:
-        found = suggest(loaded, place, lambda each: traced_of(each, place, texts))
+        stage = traced_of(loaded, place, texts).stage
+        found = suggest(loaded, place, lambda each: traced_stage(each, stage, place, texts))
         print(to_json(found)) if as_json else _show_suggestions(found)
         return
     made = plan_of(loaded, place, texts)
@@ -67,9 +66,13 @@ def plan(config: Path, overrides: list[str], topology: str, supposed: tuple[int,
 
 
 def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
-    """The last stage that samples, or else the last one, on the topology's devices."""
-    stages = list(reversed(config.stages.items()))
-    name = next((name for name, stage in stages if isinstance(stage, SamplingStageConfig)), stages[0][0])
+    """The stage that needs the most memory by arithmetic, on the topology's devices; of equal ones the last."""
+    stages = [traced_stage(config, name, topology, texts) for name in config.stages]
+    return max(reversed(stages), key=lambda stage: budget_of(stage, topology.compiles).needed)
+
+
+def traced_stage(config: Config, name: str, topology: Topology, texts: Supposed) -> Traced:
+    """One stage on the topology's devices."""
     dims = dims_of(config.student)
     models, judge = Models.of(config, dims, topology.devices), discriminator_dims(config, name, dims)
     models = models if judge == dims else models.judged_by(judge)
@@ -77,7 +80,7 @@ def traced_of(config: Config, topology: Topology, texts: Supposed) -> Traced:
     longest = config.data.max_prompt_tokens
     mean = min(texts.response_tokens, config.data.max_response_tokens)
     work = Workload(programs.stage.batch_groups, programs.samples, config.data, min(texts.prompt_tokens, longest), mean)
-    return Traced(programs, work, topology.platform)
+    return Traced(name, programs, work, topology.platform)
 
 
 def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, Any]:
@@ -89,10 +92,10 @@ def plan_of(config: Config, topology: Topology, texts: Supposed) -> dict[str, An
         return budget_of(traced_of(changed, topology, texts), topology.compiles)
 
     made: dict[str, Any] = {"fits": False, "topology": topology.name, "chips": topology.chips, "devices": len(topology.devices)}
-    made |= {"memory_gib": limit, "compiled": topology.compiles, "missing": topology.missing, "counted": COUNTED}
+    made |= {"stage": traced.stage, "memory_gib": limit, "compiled": topology.compiles, "missing": topology.missing, "counted": COUNTED}
     made |= {"arithmetic": asdict(counted) | {"needed_gib": counted.needed}, "steps": {}, "run": {}}
     if counted.needed > limit:
-        why = f"needs {counted.needed:.1f} GiB a chip by arithmetic, which has {limit:.1f}"
+        why = f"{traced.stage} needs {counted.needed:.1f} GiB a chip by arithmetic, which has {limit:.1f}"
         return made | {"why": why, "knob": knob(config, limit, budget)}
     if not topology.compiles:
         return made | {"fits": True}
@@ -131,7 +134,7 @@ def _run(
     return {
         "supposed": asdict(replace(texts, prompt_tokens=work.prompt_tokens, response_tokens=work.mean_response)),
         "residents_gib": budget.residents | {f"rollout {name}": size for name, size in budget.rollout.items()},
-        "largest_batch_groups": work.groups + int(room / _bytes_per_group(traced)) if room >= 0 else None,
+        "largest_batch_groups": min(work.groups + int(room / _bytes_per_group(traced)), texts.prompts) if room >= 0 else None,
         "seconds_per_step": seconds_of(measured),
         "efficiency": EFFICIENCY,
         "stages": told(stages),
@@ -152,11 +155,14 @@ COUNTED = (
 
 
 def _bytes_per_group(traced: Traced) -> float:
-    """What one more group of a batch takes on a chip: its responses and its share of the rows."""
-    work, data = traced.work, traced.programs.data
-    tokens = data.max_prompt_tokens + (1 + work.samples) * data.max_response_tokens
-    responses = bytes_on_chip(traced.engine.resident(work.groups)[2].responses) / work.groups if traced.judges else 0.0
-    return responses + 4 * len(Cells._fields) * tokens / traced.rows_parts
+    """What one more group of a batch takes on a chip: its responses and its share of the rows of both steps."""
+    programs, work = traced.programs, traced.work
+    each = work.samples if traced.judges else 1
+    held: list[Any] = [rows_of(programs, programs.rows(each), each)]
+    if traced.judges:
+        order, _, state = traced.engine.resident(work.groups)
+        held += [rows_of(programs, programs.discriminator_rows(), 1 + each), order, state.responses]
+    return bytes_on_chip(held) / work.groups
 
 
 def _show(made: dict[str, Any]) -> None:
@@ -166,6 +172,7 @@ def _show(made: dict[str, Any]) -> None:
         verdict += f"; by arithmetic alone ({made['arithmetic']['needed_gib']:.1f} GiB): nothing is compiled for it ({made['missing']})"
     chips = f"{made['chips']} chips" + ("" if made["devices"] == made["chips"] else f", {made['devices']} devices")
     console.print(f"{made['topology']}, {chips} of {made['memory_gib']:.1f} GiB: {verdict}", markup=False)
+    console.print(f"of its stages {made['stage']} needs the most; what follows is of it", markup=False)
     for part in ("residents", "rollout", "step"):
         sizes = ", ".join(f"{name} {size:.2f}" for name, size in made["arithmetic"][part].items())
         console.print(f"{part} (GiB a chip, by arithmetic): {sizes}", markup=False)

@@ -35,7 +35,7 @@ def projected_log_probs(
     Returns:
         [M, L] float32 log-probabilities and [M, L] float32 entropies, 0 from the last computed chunk on.
     """
-    weight = _spread(weight_VD.astype(hidden_MLD.dtype))
+    weight, hidden_MLD = _spread(weight_VD.astype(hidden_MLD.dtype)), _whole_rows(hidden_MLD)
 
     def add(index: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
         hidden_MCD, targets_MC = _cut((hidden_MLD, targets_ML), index, chunk)
@@ -100,7 +100,7 @@ def _loss_and_gradients(
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]:
     hidden_MLD, weight_VD, targets_ML, counts_M, known = jax.tree.map(lambda each: each.value, given)
     trained = given[1].perturbed  # else the projection is a frozen base's
-    weight = _spread(weight_VD.astype(hidden_MLD.dtype))
+    weight, hidden_MLD = _spread(weight_VD.astype(hidden_MLD.dtype)), _whole_rows(hidden_MLD)
 
     def add(index: jax.Array, found: tuple[Any, ...]) -> tuple[Any, ...]:
         loss, by_weight_VD, parts = found
@@ -122,7 +122,8 @@ def _loss_and_gradients(
         if trained:
             flat_TD = constrain(hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), None, None)
             by_weight_VD = _spread(by_weight_VD + jnp.einsum("tv,td->vd", by_logits_TV, flat_TD, preferred_element_type=jnp.float32))
-        return loss + new, by_weight_VD, _put(parts, (logp_MC, entropy_MC, by_hidden_MCD), index, chunk)
+        *parts, by_hidden_MLD = _put(parts, (logp_MC, entropy_MC, by_hidden_MCD), index, chunk)
+        return loss + new, by_weight_VD, [*parts, _whole_rows(by_hidden_MLD)]
 
     zeros_ML = jnp.zeros(targets_ML.shape, jnp.float32)
     zeros_VD = _spread(jnp.zeros(weight_VD.shape, jnp.float32)) if trained else None
@@ -174,6 +175,11 @@ def _spread(weight_VD: jax.Array) -> jax.Array:
     With the tokens divided instead, every chunk's gradient would be a whole [V, D] to be summed over the devices.
     """
     return constrain(weight_VD, "words", None)
+
+
+def _whole_rows(hidden_MLD: jax.Array) -> jax.Array:
+    """Each row's tokens on one device: were they divided, every chunk would gather the whole row to cut its own columns out of it."""
+    return constrain(hidden_MLD, "rows", None, None)
 
 
 def _chunks(counts_M: jax.Array, chunk: int) -> jax.Array:

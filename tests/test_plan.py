@@ -26,7 +26,7 @@ from gadjax.planning.compiled import Measured, Refused
 from gadjax.planning.flops import matrix_flops
 from gadjax.planning.gpus import OF, target_of
 from gadjax.planning.hlo import moved
-from gadjax.planning.programs import Step
+from gadjax.planning.programs import Step, bytes_on_chip, rows_of
 from gadjax.planning.schedule import Teacher, teacher_of
 from gadjax.planning.student import dims_of, known, known_names
 from gadjax.planning.suggest import as_written
@@ -145,6 +145,24 @@ ENTRY %main (x: f32[160]) -> f32[10] {
 }
 """
     assert moved(text, lambda _: 1).links == {"reduce-scatter": 640}
+
+
+def test_a_scattered_sum_of_a_tpu_is_a_fusion_of_that_name():
+    text = """
+%all-reduce-scatter.1 (input: f32[160]) -> f32[10] {
+  %input = f32[160]{0} parameter(0)
+  %summed = f32[160]{0} all-reduce(%input), channel_id=1, to_apply=%sum
+  ROOT %part = f32[10]{0} dynamic-slice(%summed)
+}
+
+ENTRY %main (x: f32[160]) -> f32[10] {
+  %x = f32[160]{0} parameter(0)
+  ROOT %a = f32[10]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    found = moved(text, lambda _: 1)
+    assert found.links == {"reduce-scatter": 640}
+    assert found.counts == {"reduce-scatter": 1}
 
 
 def test_of_a_conditional_the_dearest_branch_counts():
@@ -336,6 +354,9 @@ def test_several_gpus_need_their_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(topology, "gpus", no_compiler)
     with pytest.raises(UserError, match=r"^--topology: h100:8 cannot be compiled for \(Unknown backend cuda\); install gadjax\[cuda\]$"):
         topology_of("h100:8")
+    for name in ("h100:99", "v5e:4x4x4", "v5p:4x4", "v6e:"):
+        with pytest.raises(UserError, match=rf"^--topology: {name} is not known; write CHIP:SHAPE as v5p:2x2x4"):
+            topology_of(name)
     with pytest.raises(UserError, match=r"^--topology: h100:many is not known; write CHIP:SHAPE"):
         topology_of("h100:many")
     asked: list[tuple[Any, ...]] = []
@@ -404,6 +425,40 @@ def test_a_chip_may_be_several_devices(config: Path):
     assert (found.chips, len(found.devices)) == (4, 8)
     made = plan_of(load_config(config, ["student.random.words=20"]), replace(found, missing="no compiler"), TEXTS)
     assert (made["chips"], made["devices"]) == (4, 8)
+
+
+def test_the_stage_that_needs_the_most_is_planned(config: Path):
+    place = topology_of("local")
+
+    def stage(*overrides: str) -> str:
+        return traced_of(load_config(config, ["student.random.words=20", *overrides]), place, TEXTS).stage
+
+    assert stage() == "gad"  # it has a reference
+    assert stage("stages.warmup.group_size=64", "stages.warmup.batch_groups=64", "rollout.slots=4096") == "warmup"
+    assert stage("stages.gad.kl_weight=0") == "gad"  # as much as warmup: the last
+
+
+def test_the_largest_batch_is_what_its_groups_take(config: Path):
+    """And no larger than all prompts."""
+    loaded, place = load_config(config, ["student.random.words=20"]), topology_of("local")
+
+    def batch(texts: Supposed, memory: float) -> dict[str, Any]:
+        return plan_of(loaded, of_memory(place, memory), texts)
+
+    needed = max(step["needed_gib"] for step in batch(TEXTS, 2.0**34)["steps"].values())
+    room = 2.0**20
+    found = batch(Supposed(10**9, response_tokens=8), needed * GIB + room)["run"]["largest_batch_groups"]
+    traced = traced_of(loaded, place, TEXTS)
+
+    def takes(groups: int) -> float:
+        more = traced_of(load_config(config, ["student.random.words=20", f"stages.gad.batch_groups={groups}"]), place, TEXTS)
+        rows = [rows_of(more.programs, more.programs.rows(2), 2), rows_of(more.programs, more.programs.discriminator_rows(), 3)]
+        return bytes_on_chip(rows)
+
+    each = (takes(160) - takes(80)) / 80
+    assert 8 + 0.5 * room / each < found <= 8 + room / each
+    assert batch(TEXTS, 2.0**34)["run"]["largest_batch_groups"] == TEXTS.prompts
+    assert traced.stage == "gad"
 
 
 def test_the_decode_loop_waits_for_the_longest(config: Path):

@@ -10,7 +10,7 @@ counts once.
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Trips = Callable[[int], float]
 
@@ -157,13 +157,20 @@ def moved(text: str, trips: Trips) -> Moved:
             else:
                 total.memory += _touched_by(each, computations, sizes)
                 if each.operation == "fusion":
-                    inside = computations.get(_called(each.rest, "calls"), [])
+                    called = _called(each.rest, "calls")
+                    inside = [_named(one, called) for one in computations.get(called, [])]
                     beside |= {_called(one.rest, "channel_id"): (one, inside) for one in inside if one.operation in COLLECTIVES}
         for each, inside in beside.values():
             total.send(each, inside)
         return total
 
     return visit(entry, 0)
+
+
+def _named(each: Instruction, computation: str) -> Instruction:
+    """A TPU's reduce-scatter is a fusion of that name, written as an all-reduce and a slice of it."""
+    scatters = each.operation == "all-reduce" and computation.startswith("all-reduce-scatter")
+    return replace(each, operation="reduce-scatter") if scatters else each
 
 
 def _touched_by(each: Instruction, computations: dict[str, list[Instruction]], sizes: dict[str, float]) -> float:

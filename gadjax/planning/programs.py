@@ -78,11 +78,13 @@ class Traced:
     """A stage's programs and what is on the devices when they run.
 
     Attributes:
-        programs: the stage.
+        stage: its name.
+        programs: the stage's.
         work: what its batches hold.
         platform: of the chips, which may not be that of the devices: "cpu", "gpu" or "tpu".
     """
 
+    stage: str
     programs: Programs
     work: Workload
     platform: str

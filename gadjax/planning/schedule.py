@@ -67,7 +67,7 @@ def stages_of(
     for name, stage in config.stages.items():
         programs = Programs.of(config, name, 1, models, 1)
         own = Workload(stage.batch_groups, programs.samples, config.data, work.prompt_tokens, work.mean_response)
-        step = Traced(programs, own, topology.platform).student()
+        step = Traced(name, programs, own, topology.platform).student()
         flops = matrix_flops(step.traced.jaxpr.jaxpr, step.trips)
         student = flops / student_step.flops * student_step.roofline_seconds / EFFICIENCY
         share = stage.batch_groups * programs.samples / (work.groups * work.samples) if work.samples else 0.0

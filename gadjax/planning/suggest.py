@@ -26,15 +26,18 @@ COMPILED = 3
 REFUSED = 9  # more that are tried for these, where the compiler finds that they do not fit after all
 OF_ROWS = ("student", "discriminator")  # programs that read packed rows
 
+Judged = tuple[tuple[float, float], Config, Traced]
 Works = dict[tuple[RowShape, Rematerialise], tuple[float, int]]
 
 
 def suggest(config: Config, topology: Topology, traced_of: Callable[[Config], Traced]) -> list[dict[str, Any]]:
     """The best meshes and rows for a training step, the best first, as settings of the config and what the compiler says of them.
 
-    Ranked by arithmetic, for the student's step: seconds are FLOPs at the chips' peak plus what travels over their links, that is the
-    weights three times a micro-batch, where `tensor` divides the layers every layer's tokens eight times, and where `context` divides the
-    rows every layer's keys and values three times. Copies of the weights, the axis `data`, would take memory and save nothing of that.
+    Ranked by arithmetic, for the student's step: seconds are the longer of FLOPs at the chips' peak and what travels over their links (of
+    equals the one that sends less). These are of a micro-batch five times the weights, gathered three times and their gradients summed;
+    where `tensor` divides the layers every layer's tokens eight times, and three times those of all rows, which the compiler gathers for
+    the weights' gradients; and where `context` divides the rows every layer's keys and values three times. Copies of the weights, the axis
+    `data`, would take memory and save nothing of that.
     Of the best every program of a step is compiled, and those of which all programs fit are put in the order of the whole step's time.
     """
     works: Works = {}
@@ -43,7 +46,7 @@ def suggest(config: Config, topology: Topology, traced_of: Callable[[Config], Tr
     ranked = sorted((found for found in judged if found), key=lambda found: found[0])
     suggestions: list[dict[str, Any]] = []
     of_meshes: dict[tuple[str, str], Measured] = {}
-    for seconds, candidate, traced in ranked[: COMPILED + REFUSED]:
+    for (seconds, _), candidate, traced in ranked[: COMPILED + REFUSED]:
         if len(suggestions) == COMPILED:
             break
         settings = _settings(candidate)
@@ -100,8 +103,8 @@ def _candidates(config: Config, topology: Topology, samples: int) -> list[Config
     return found
 
 
-def _judge(config: Config, topology: Topology, traced_of: Callable[[Config], Traced], works: Works) -> tuple[float, Config, Traced] | None:
-    """Seconds of the student's step by arithmetic; None for what does not fit or cannot be.
+def _judge(config: Config, topology: Topology, traced_of: Callable[[Config], Traced], works: Works) -> Judged | None:
+    """The student's step by arithmetic: its seconds, and those of its links alone; None for what does not fit or cannot be.
 
     `works` is filled with the FLOPs and micro-batches of each shape of rows, which do not depend on the mesh.
     """
@@ -121,11 +124,12 @@ def _judge(config: Config, topology: Topology, traced_of: Callable[[Config], Tra
     flops, micro_batches = works[kind]
     weights = 2.0 * sum(leaf.size for leaf in _leaves(traced)) / tensor
     tokens = 2.0 * dims.layers * shape.rows * shape.length / traced.rows_parts  # bytes for each number of every layer
-    travels = 8 * dims.width * tokens / config.mesh.context if tensor > 1 else 0.0
+    travels = dims.width * (8 * tokens / config.mesh.context + 3 * tokens * traced.rows_parts) if tensor > 1 else 0.0
     if config.mesh.context > 1:
         travels += 3 * 2 * dims.kv_heads * dims.head_width * tokens / (1 if dims.kv_heads % tensor else tensor)
-    links = micro_batches * (3 * weights + travels) / topology.chip.links
-    return flops / len(topology.devices) / topology.chip.flops + links, config, traced
+    links = micro_batches * (5 * weights + travels) / topology.chip.links
+    computes = flops / len(topology.devices) / topology.chip.flops
+    return (max(computes, links), links), config, traced
 
 
 def _leaves(traced: Traced) -> list[Any]:

@@ -53,6 +53,9 @@ class Topology:
         return len({device.process_index for device in self.devices})
 
 
+FLAT = ("v5e", "v6e")  # their tori have two dimensions, the others' three: the compiler would take any
+
+
 def topology_of(name: str) -> Topology:
     """The topology `<chip>:<a>x<b>[x<c>]`, one of `GPUS` or several in a host, `<gpu>:<count>`, or `local` for the devices at hand.
 
@@ -62,9 +65,9 @@ def topology_of(name: str) -> Topology:
     if name == LOCAL:
         return Topology(name, _local(), jax.devices(), jax.devices()[0].platform)
     kind, _, shape = name.partition(":")
-    if kind in GPUS and re.fullmatch("[1-9][0-9]*|", shape):
+    if kind in GPUS and re.fullmatch("[1-9]|1[0-6]|", shape):
         return _gpus(name, kind, int(shape or 1))
-    if kind not in CHIPS or not shape:
+    if kind not in CHIPS or shape.count("x") + 1 != (2 if kind in FLAT else 3):
         others = ", ".join([*GPUS, f"{next(iter(GPUS))}:8", LOCAL])
         raise UserError("--topology", f"{name} is not known", f"write CHIP:SHAPE as v5p:2x2x4, CHIP one of {', '.join(CHIPS)}; or {others}")
     try:
