@@ -212,6 +212,9 @@ def test_from_a_config_to_the_end(desk: Desk):
             PROGRESS: ["running 0\nrunning 0\n", "success 0 0\nsuccess 0 0\n"],
         }
     )
+    over = desk.repo / "runs" / ".tpu" / "my-run" / "over"  # it was torn down once
+    over.parent.mkdir(parents=True)
+    over.touch()
     done = desk("launch.sh", NAME, "--name", "my-run", *OPTIONS, "--project", "my-project", "--spot", OVERRIDE)
     assert done.returncode == 0, done.stderr
     assert "done; tpu/fetch.sh my-run brings the report here" in done.stdout
@@ -303,6 +306,32 @@ def test_watching(desk: Desk, answers: dict[str, list[str]], expected: list[str]
 HERE = {REQUESTED: ["ACTIVE"], NODE: ["READY"]}
 
 
+def test_a_look_now_and_then_without_an_answer_is_no_attempt(desk: Desk):
+    desk.launched()
+    looks = ["no answer", "no answer", "running 0"] * 4
+    desk.script(**HERE | {PROGRESS: [*looks, "success 0 0"]})
+    done = desk("watch.sh", "my-run", "--tries", "3")
+    assert (done.returncode, desk.done()) == (0, ["delete"]), done.stdout + done.stderr
+    assert "the workers do not answer (2 of 3 in a row)" in done.stdout
+
+
+def test_a_watch_orders_nothing_after_a_teardown(desk: Desk):
+    desk.launched()
+    desk.script(**{REQUESTED: [""]})
+    assert desk("teardown.sh", "my-run", "--dry-run").returncode == 0
+    assert not (desk.repo / "runs" / ".tpu" / "my-run" / "over").exists()
+    assert desk("teardown.sh", "my-run").returncode == 0
+    done = desk("watch.sh", "my-run")
+    assert (done.returncode, desk.done()) == (0, ["delete", "delete"]), done.stdout + done.stderr
+    assert "my-run: was torn down" in done.stdout
+
+
+def test_a_run_that_was_not_launched_here_is_not_watched(desk: Desk):
+    done = desk("watch.sh", "my-run", *OPTIONS)
+    assert done.returncode == 2 and not desk.calls
+    assert done.stderr.startswith("watch.sh: my-run: was not launched from here") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("answers", "expected"),
     [
@@ -323,7 +352,11 @@ def test_chips_that_bring_nothing_are_given_back(desk: Desk, answers: dict[str, 
     desk.script(**{"delete": [""]} | answers)
     done = desk("watch.sh", "my-run", "--tries", "3")
     assert (done.returncode, desk.done()) == (1, [*expected, "delete"]), done.stdout + done.stderr
-    assert "(3 of 3)" in done.stdout and "gives up and deletes the TPU: 3 attempts brought no checkpoint; " in done.stdout
+    assert re.search(
+        r"\(3 of 3\)\n.*gives up and deletes the TPU: 3 attempts brought no checkpoint; |"
+        r"the (workers do not answer|TPU is not ready) \(3 of 3 in a row\)\n.*gives up and deletes the TPU: the \1; ",
+        done.stdout,
+    )
     if KEPT in answers and len(answers[KEPT]) > 1:
         assert re.findall(r"\((\d) of 3\)", done.stdout) == ["1", "2", "1", "2", "3"]
 

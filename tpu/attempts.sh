@@ -1,7 +1,7 @@
 # A run's attempts: which of them are counted, and how the last one ends. Sourced by watch.sh.
 # shellcheck shell=bash disable=SC2154 # they are set in common.sh
 pause=${GADJAX_TPU_PAUSE:-60} # seconds between looks
-lost=0 before=''              # attempts since the bucket had what it had `before`
+lost=0 unanswered=0 before='' # attempts, and looks in a row, since the bucket had what it had `before`
 
 tell() { printf '%s %s: %s\n' "$(date '+%F %T')" "$name" "$1"; }
 
@@ -16,13 +16,29 @@ finish() { # STATUS MESSAGE: all that matters is in the bucket, and chips cost m
   exit "$1"
 }
 
-lose() { # MESSAGE: an attempt that chips were paid for; so many in a row that bring nothing are the last
+heed() { # what is new in the bucket: where there is something, the run is well
   local now
   now=$(kept)
-  [[ -z $now || $now == "$before" ]] || lost=0 before=$now
+  [[ -z $now || $now == "$before" ]] || lost=0 unanswered=0 before=$now
+}
+
+silent() { # MESSAGE: a look that told nothing, which may be this machine's network; so many in a row are the last
+  heed
+  unanswered=$((unanswered + 1))
+  tell "$1 ($unanswered of $tries in a row)"
+  ((unanswered < tries)) || finish 1 "gives up and deletes the TPU: $1; what logs there are is in runs/.tpu/$name"
+}
+
+lose() { # MESSAGE: an attempt that chips were paid for; so many in a row that bring nothing are the last
+  heed
   lost=$((lost + 1))
   tell "$1 ($lost of $tries)"
   ((lost < tries)) || finish 1 "gives up and deletes the TPU: $tries attempts brought no checkpoint; what logs there are is in runs/.tpu/$name"
+}
+
+torn_down() { # by teardown.sh; a request that crossed with it is taken back
+  [[ -e runs/.tpu/$name/over ]] || return 0
+  finish 0 "was torn down; tpu/launch.sh goes on with what is in the bucket"
 }
 
 again() { # a TPU that is no more is in the way of the next

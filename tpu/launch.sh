@@ -28,6 +28,9 @@ state=runs/.tpu/$name
 step mkdir -p "$state"
 step python tpu/pack.py "runs/$name" "$state/code.tar"
 options=(--type "$type" --zone "$zone" --bucket "$bucket" --tries "$tries" ${project:+--project "$project"} ${spot:+--spot})
-[[ -n $dry_run ]] || printf '%s\n' "${options[@]}" >"$state/options"
+if [[ -z $dry_run ]]; then
+  printf '%s\n' "${options[@]}" >"$state/options"
+  rm -f "$state/over"
+fi
 
 exec tpu/watch.sh "$name" "${options[@]}" --deploy ${dry_run:+--dry-run}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Deletes a run's TPU, whatever it is doing. The bucket stays: tpu/launch.sh with the same name goes on from it.
+# Deletes a run's TPU, whatever it is doing, and ends its watch. The bucket stays: tpu/launch.sh with the same name goes on from it.
 #   tpu/teardown.sh NAME [--dry-run]
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 recall "$@"
+[[ -n $dry_run ]] || { mkdir -p "runs/.tpu/$name" && touch "runs/.tpu/$name/over"; } # a watch that runs orders no other
 queued delete "$name" --force --quiet
 [[ -z $bucket ]] || echo "what it left in the bucket goes with: gcloud storage rm --recursive $bucket/$name"
