@@ -13,11 +13,11 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import yaml
@@ -26,8 +26,9 @@ from etils import epath
 from gadjax.config import Config, dump_config, load_config, stage_of
 from gadjax.errors import UserError
 from gadjax.files import replace_file
-from gadjax.mirror import CHECKPOINTS, CLOCK, Mirror
+from gadjax.mirror import CHECKPOINTS, CLOCK, TURN, Mirror, told_of
 from gadjax.records import Prompt
+from gadjax.sharding import wait_for_all
 from gadjax.teachers.sources import load_prompts, load_tests, without
 from gadjax.terminal import say
 
@@ -56,6 +57,8 @@ _MAY_CHANGE = (
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+FETCH_WITHIN = 3600.0  # seconds that a process waits for the others of its run, of which each fetches weights
+POLL = 0.2  # seconds between two looks
 TICK = 10.0  # seconds that a killed process loses of the clock, at most
 
 
@@ -127,15 +130,18 @@ class Run:
     def fetch(self) -> None:
         """Brings the folder up to its copy in the bucket, where the run was taken further by another machine.
 
+        All processes of a run do so, each for its own folder or, where they share one, one after the other.
+
         Raises:
-            UserError: the bucket cannot be read, or another process is using the folder.
+            UserError: the bucket cannot be read, or a process that is none of this run's is using the folder.
         """
         if self._mirror is not None:
             with _told_of(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            with self.locked():
+            with self._in_turn(), self.locked():
                 if self._mirror.fetch():
                     say(f"bucket: {self.folder} was fetched from {self.config.run.bucket}")
+        wait_for_all()  # else the first begins, and keeps a shared folder for itself, before the last has looked there
 
     def push(self) -> None:
         """Sends what is new in the folder to the bucket; the first process does so for all."""
@@ -167,12 +173,15 @@ class Run:
         """Makes the folder, where there is none, writes the config into it, and keeps it for this process alone, or for collectors only.
 
         Raises:
-            UserError: the folder cannot be written to, another process is using it, or did so with another config since `open`.
+            UserError: the folder cannot be written to, another process is using it, or did so with another config since `open`, or
+                the bucket cannot be written to.
         """
         with _told_of(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with self.locked(alone):
             self._check_unchanged()
+            if self._mirror is not None:  # before the teacher is asked, whose answers cost money
+                self._mirror.check()
             with _told_of(self.folder), _alone_in(self.folder):
                 replace_file(self.folder / CONFIG, dump_config(self.config))
             with Clock(self.folder / CLOCK).running() as clock:
@@ -191,6 +200,19 @@ class Run:
             with _told_of(self.folder):
                 lock = stack.enter_context((self.folder / LOCK).open("a"))
                 fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            yield
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Of several processes of one run that share the folder, one after the other; one that is alone waits for nobody.
+
+        It is not `locked` that is waited for: who keeps that may be another run, which takes days.
+        """
+        with ExitStack() as stack:
+            if jax.distributed.is_initialized():
+                with _told_of(self.folder):
+                    turn = stack.enter_context((self.folder / TURN).open("a"))
+                    _wait_for(turn, FETCH_WITHIN)
             yield
 
     @cached_property
@@ -223,13 +245,21 @@ class Run:
 
     def begun(self, name: str = "*") -> bool:
         """Whether a stage (by default any) has a checkpoint."""
-        return any(step.name.isdigit() for step in self._root.glob(f"stages/{name}/{CHECKPOINTS}/*"))
+        with told_of(str(self._root)) if self.config.run.bucket else nullcontext():
+            return any(step.name.isdigit() for step in self._root.glob(f"stages/{name}/{CHECKPOINTS}/*"))
 
     @property
     def _root(self) -> epath.Path:
         """Below it are the checkpoints: the copy in the bucket, where there is one, else the folder."""
         bucket = self.config.run.bucket
-        return epath.Path(bucket).expanduser() / self.config.run.name if bucket else epath.Path(self.folder)
+        if not bucket:
+            return epath.Path(self.folder)
+        try:
+            return epath.Path(bucket).expanduser() / self.config.run.name
+        except KeyError as error:  # of Orbax's paths, which know fewer schemes than the mirror's
+            raise UserError(
+                "run.bucket", f"{bucket} cannot be used (unknown scheme {error})", "name gs://bucket/folder or a folder"
+            ) from error
 
     @cached_property
     def _mirror(self) -> Mirror | None:
@@ -288,6 +318,22 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _wait_for(file: TextIO, seconds: float) -> None:
+    """Locks an open file, as soon as nobody else does.
+
+    Raises:
+        BlockingIOError: somebody does for longer.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(POLL)
 
 
 def _differences(field: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:

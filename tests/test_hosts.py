@@ -317,6 +317,27 @@ def test_who_fails_ends_with_its_own_status(tmp_path: Path, failing: str, how: s
         assert (ended[0].status, ended[0].said) == (0, "")
 
 
+FETCHING = """
+import time
+from pathlib import Path
+from gadjax.mirror import Mirror
+from gadjax.processes import start_processes
+from gadjax.runs import Run
+
+fetch = Mirror.fetch
+Mirror.fetch = lambda mirror: (time.sleep(1), fetch(mirror))[1]
+start_processes()
+run = Run.open(Path("tiny.yaml"), ["run.bucket=bucket"])
+run.fetch()
+"""
+
+
+def test_processes_that_share_a_folder_fetch_one_after_the_other(tmp_path: Path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    ended = together(tmp_path, 2, 1, FETCHING)
+    assert [process.status for process in ended] == [0, 0], ended[0].said + ended[1].said
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------------------
 
 DIGEST = """

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gadjax.errors import UserError
+from gadjax import cli, collecting
+from gadjax.errors import Passing, UserError
 from gadjax.metrics import read
-from gadjax.mirror import Mirror
+from gadjax.mirror import Mirror, told_of
 from tests import tiny
 from tests.test_resume import STOPPED
 
@@ -109,6 +110,94 @@ def test_a_fetch_that_was_cut_off_is_done_again(tmp_path: Path, run: Path, monke
 def test_a_bucket_that_cannot_be_is_told(tmp_path: Path):
     with pytest.raises(UserError, match=r"run\.bucket: nowhere://x cannot be used"):
         Mirror(tmp_path, "nowhere://x")
+
+
+@pytest.mark.parametrize("bucket", ["/proc/bucket", "/etc/hostname/x", "file:///proc/nope"])
+def test_a_bucket_that_cannot_be_used_is_told_before_the_teacher_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], bucket: str
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(collecting, "collect_answers", lambda *_: pytest.fail("the teacher was asked"))
+    Path("tiny.yaml").write_text(tiny.CONFIG)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["collect", "tiny.yaml", f"run.bucket={bucket}"])
+    assert stop.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"gadjax: run.bucket: {bucket}")
+
+
+class HttpError(Exception):
+    """As gcsfs has it."""
+
+    __module__ = "gcsfs.retry"
+
+    def __init__(self, code: int):
+        super().__init__(f"status {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError("Forbidden: b/x"), UserError),
+        (HttpError(401), UserError),
+        (HttpError(503), Passing),
+        (TimeoutError(), Passing),
+        (ConnectionResetError("reset"), Passing),
+        (PermissionError("no"), UserError),
+    ],
+)
+def test_what_a_bucket_refuses_is_told_and_what_may_pass_is_tried_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[UserError]
+):
+    mirror = Mirror(run, str(run.parent / "bucket"))
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for name, call in (("put_file", mirror.push), ("pipe_file", mirror.check), ("find", mirror.fetch)):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(mirror._files), name, fail)
+            with pytest.raises(UserError, match=r"^run\.bucket: ") as told:
+                call()
+        assert type(told.value) is kind
+
+
+def test_a_fault_of_ours_is_not_told_as_the_buckets():
+    with pytest.raises(KeyError), told_of("gs://x"):
+        raise KeyError("ours")
+
+
+def test_a_check_leaves_nothing(tmp_path: Path, run: Path):
+    Mirror(run, str(tmp_path / "bucket")).check()
+    assert listed(tmp_path / "bucket") == []
+
+
+def test_a_file_that_vanishes_while_it_is_sent_is_left_out(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch):
+    is_file, stat = Path.is_file, Path.stat
+
+    def looked(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "config":
+            raise FileNotFoundError(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "config" or is_file(path))
+    monkeypatch.setattr(Path, "stat", looked)
+    Mirror(run, str(tmp_path / "bucket")).push()
+    monkeypatch.undo()
+    assert listed(tmp_path / "bucket") == sorted({*SMALL} - {"config"})
+
+
+def test_what_was_fetched_and_is_the_same_is_not_fetched_again(tmp_path: Path, run: Path):
+    bucket, other = tmp_path / "bucket", tmp_path / "there"
+    write(run, weights__model="large")
+    Mirror(run, str(bucket)).push()
+    mirror = Mirror(other, str(bucket))
+    mirror.fetch()
+    before = (other / "weights" / "model").stat().st_ino
+    write(bucket, _dot_seconds="20.0\n", config="a: 3")
+    assert mirror.fetch()
+    assert (other / "weights" / "model").stat().st_ino == before
+    assert (other / "config").read_text() == "a: 3"
 
 
 @pytest.mark.timeout(600)
