@@ -23,6 +23,7 @@ CHECKPOINTS = "checkpoints"
 TURN = ".turn"  # what processes that share a folder lock while they fetch
 CACHE = "teacher.sqlite"
 EXPORT = "export"
+WEIGHTS = "weights"  # of models that the run starts from: nobody changes them
 SKEW = 60.0  # seconds by which the clocks of machines and bucket may differ
 SAME = 0.001  # seconds that the time of a file may lose where it is kept
 # What the packages that reach a bucket raise is theirs, and often a plain `Exception`; they need not be installed.
@@ -59,7 +60,7 @@ class Mirror:
     def fetch(self) -> bool:
         """Brings the folder up to the copy, where the copy is further; says whether it was. Exports stay in the bucket.
 
-        What was fetched before, and is still the same here and there, is not fetched again.
+        Weights that were fetched before, and are still the same here and there, are not fetched again.
 
         Raises:
             UserError: the bucket cannot be read; a `Passing` where it may be later.
@@ -76,7 +77,7 @@ class Mirror:
             target = self._folder / name
             if name.startswith(f"{EXPORT}/") or (name == CACHE and target.exists()):  # answers that are here may be newer, and cost money
                 continue
-            if not _is_same(target, stat_there):
+            if not (name.startswith(f"{WEIGHTS}/") and _is_same(target, stat_there)):
                 self._fetch(name, target, stat_there[1])
         return True
 

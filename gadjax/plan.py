@@ -221,5 +221,5 @@ def _show_suggestions(found: list[dict[str, Any]]) -> None:
     if not found:
         say("nothing that was tried fits; `gadjax plan` without --suggest tells what to change")
     for each in found:
-        takes = f"{each['needed_gib']:.1f} GiB a chip, {each['seconds_per_step']:.1f} s a step at {EFFICIENCY:.0%} of the roofline"
+        takes = f"{each['needed_gib']:.3g} GiB a chip, {each['seconds_per_step']:.3g} s a step at {EFFICIENCY:.0%} of the roofline"
         Console(highlight=False, width=PLAIN_WIDTH).print(f"{as_written(each['settings'])}: {takes}", markup=False)
