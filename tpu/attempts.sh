@@ -2,6 +2,7 @@
 # shellcheck shell=bash disable=SC2154 # they are set in common.sh
 pause=${GADJAX_TPU_PAUSE:-60} # seconds between looks
 lost=0 unanswered=0 before='' # attempts, and looks in a row, since the bucket had what it had `before`
+me="$HOSTNAME $$"             # in runs/.tpu/NAME/watch, until the TPU is torn down or another watch is started
 
 tell() { printf '%s %s: %s\n' "$(date '+%F %T')" "$name" "$1"; }
 
@@ -36,9 +37,14 @@ lose() { # MESSAGE: an attempt that chips were paid for; so many in a row that b
   ((lost < tries)) || finish 1 "gives up and deletes the TPU: $tries attempts brought no checkpoint; what logs there are is in runs/.tpu/$name"
 }
 
-torn_down() { # by teardown.sh; a request that crossed with it is taken back
-  [[ -e runs/.tpu/$name/over ]] || return 0
-  finish 0 "was torn down; tpu/launch.sh goes on with what is in the bucket"
+give_way() { # to teardown.sh, where a request that crossed with it is taken back, and to a watch that was started later
+  local now
+  now=$(cat "runs/.tpu/$name/watch" 2>/dev/null || echo "$me")
+  case $now in
+    "$me") ;;
+    over) finish 1 "was torn down; tpu/launch.sh goes on with what is in the bucket" ;;
+    *) tell "another watch was started; this one ends" && exit 1 ;;
+  esac
 }
 
 again() { # a TPU that is no more is in the way of the next

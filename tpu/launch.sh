@@ -28,9 +28,6 @@ state=runs/.tpu/$name
 step mkdir -p "$state"
 step python tpu/pack.py "runs/$name" "$state/code.tar"
 options=(--type "$type" --zone "$zone" --bucket "$bucket" --tries "$tries" ${project:+--project "$project"} ${spot:+--spot})
-if [[ -z $dry_run ]]; then
-  printf '%s\n' "${options[@]}" >"$state/options"
-  rm -f "$state/over"
-fi
+[[ -n $dry_run ]] || printf '%s\n' "${options[@]}" >"$state/options"
 
 exec tpu/watch.sh "$name" "${options[@]}" --deploy ${dry_run:+--dry-run}

@@ -3,6 +3,7 @@
 #   tpu/teardown.sh NAME [--dry-run]
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 recall "$@"
-[[ -n $dry_run ]] || { mkdir -p "runs/.tpu/$name" && touch "runs/.tpu/$name/over"; } # a watch that runs orders no other
+# First, or a watch orders another; where the disk is full, the TPU is deleted all the same.
+[[ -n $dry_run ]] || { mkdir -p "runs/.tpu/$name" && echo over >"runs/.tpu/$name/watch"; } || true
 queued delete "$name" --force --quiet
 [[ -z $bucket ]] || echo "what it left in the bucket goes with: gcloud storage rm --recursive $bucket/$name"

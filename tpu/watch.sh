@@ -28,11 +28,11 @@ see() { # what the workers of a TPU that is there are doing
 
 look() {
   local found
-  torn_down
+  give_way
   found=$(requested) || { tell "the cloud does not answer" && return; }
   [[ $found != ACTIVE ]] || found=ACTIVE-$(node || true)
   case $found in
-    '') tell "asks for a $type" && { create || [[ -z $deploy ]] || fail "$name: the cloud refused the request, as it says above"; } ;;
+    '') give_way && tell "asks for a $type" && { create || [[ -z $deploy ]] || fail "$name: the cloud refused the request, as it says above"; } ;;
     ACTIVE-READY) see ;;
     SUSPENDED | ACTIVE-PREEMPTED | ACTIVE-TERMINATED) lose "was preempted" && again ;;
     ACTIVE-*) silent "the TPU is not ready" ;;
@@ -47,6 +47,7 @@ if [[ -n $dry_run ]]; then # once through, from nothing to the end
   create && requested && node && set_up && progress && kept && tpu/logs.sh "$name" "${@:2}" && delete
   exit
 fi
+echo "$me" >"runs/.tpu/$name/watch"
 while true; do
   look
   sleep "$pause"
