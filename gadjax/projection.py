@@ -103,7 +103,7 @@ def _loss_and_gradients(
     weight, hidden_MLD = _spread(weight_VD.astype(hidden_MLD.dtype)), _whole_rows(hidden_MLD)
 
     def add(index: jax.Array, found: tuple[Any, ...]) -> tuple[Any, ...]:
-        loss, by_weight_VD, (*parts, by_hidden_MLD) = found
+        loss, by_weight_VD, parts = found
         hidden_MCD, targets_MC, known_MC = _cut((hidden_MLD, targets_ML, known), index, chunk)
         used_MC = (index * chunk + jnp.arange(chunk))[None] < counts_M[:, None]
         logits_MCV = _logits(hidden_MCD, weight, temperature)
@@ -122,12 +122,11 @@ def _loss_and_gradients(
         if trained:
             flat_TD = constrain(hidden_MCD.reshape(-1, hidden_MCD.shape[-1]), None, None)
             by_weight_VD = _spread(by_weight_VD + jnp.einsum("tv,td->vd", by_logits_TV, flat_TD, preferred_element_type=jnp.float32))
-        *parts, by_hidden_MLD = _put([*parts, _whole_rows(by_hidden_MLD)], (logp_MC, entropy_MC, by_hidden_MCD), index, chunk)
-        return loss + new, by_weight_VD, [*parts, _whole_rows(by_hidden_MLD)]
+        return loss + new, by_weight_VD, _put(parts, (logp_MC, entropy_MC, by_hidden_MCD), index, chunk)
 
     zeros_ML = jnp.zeros(targets_ML.shape, jnp.float32)
     zeros_VD = _spread(jnp.zeros(weight_VD.shape, jnp.float32)) if trained else None
-    none = (jnp.float32(0.0), zeros_VD, [zeros_ML, zeros_ML, _whole_rows(jnp.zeros_like(hidden_MLD))])
+    none = (jnp.float32(0.0), zeros_VD, [zeros_ML, zeros_ML, jnp.zeros_like(hidden_MLD)])
     loss, by_weight_VD, (logp_ML, entropy_ML, by_hidden_MLD) = jax.lax.fori_loop(0, _chunks(counts_M, chunk), add, none)
     return (loss, logp_ML, entropy_ML), (_whole_rows(by_hidden_MLD), by_weight_VD.astype(weight_VD.dtype) if trained else None)
 

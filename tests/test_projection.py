@@ -7,7 +7,9 @@ import pytest
 
 from gadjax.losses import token_log_probs
 from gadjax.planning.flops import matrix_flops
+from gadjax.planning.hlo import moved
 from gadjax.projection import projected_log_probs, projected_loss
+from gadjax.sharding import MeshConfig, constrain, jit_on, make_mesh, named_sharding
 
 M, L, D, V = 2, 12, 8, 30
 
@@ -103,3 +105,29 @@ def test_logits_far_apart_stay_finite():
 
     (_, found), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(1e4 * hidden, weight)
     assert all(np.isfinite(each).all() for each in (*found, *grads))
+
+
+def test_a_row_whose_tokens_are_on_several_devices_is_gathered_once():
+    """Not for each chunk: in its loop a device sends less than a row."""
+    rows, length, chunk = 4, 512, 8
+    mesh = make_mesh(MeshConfig(fsdp=4, context=2), jax.devices()[:8])
+
+    def work(hidden: jax.Array, weight: jax.Array, targets: jax.Array, counts: jax.Array) -> tuple[jax.Array, ...]:
+        def of(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+            hidden = constrain(hidden, "rows", "tokens", None)
+            return projected_loss(lambda logp: -logp, 1.0, chunk, hidden, weight, targets, counts, ())[0]
+
+        logp, _ = projected_log_probs(constrain(hidden, "rows", "tokens", None), weight, targets, counts, 1.0, chunk)
+        by_hidden, by_weight = jax.grad(of, (0, 1))(hidden, weight)
+        return logp, constrain(by_hidden, "rows", "tokens", None), by_weight
+
+    named = {
+        "hidden": ((rows, length, D), jnp.float32, ("rows", "tokens", None)),
+        "weight": ((64, D), jnp.float32, ("vocabulary", "embed")),
+        "targets": ((rows, length), jnp.int32, ("rows", None)),
+        "counts": ((rows,), jnp.int32, ("rows",)),
+    }
+    given = [jax.ShapeDtypeStruct(size, dtype, sharding=named_sharding(names, size, mesh)) for size, dtype, names in named.values()]
+    text = jit_on(mesh, work).lower(*given).compile().as_text()
+    once, often = (sum(moved(str(text), lambda _, times=times: times).links.values()) for times in (1, 101))
+    assert 0 < (often - once) / 100 < length * D * 4
