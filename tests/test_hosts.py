@@ -323,12 +323,18 @@ from pathlib import Path
 from gadjax.mirror import Mirror
 from gadjax.processes import start_processes
 from gadjax.runs import Run
+from gadjax.sharding import is_first
 
 fetch = Mirror.fetch
 Mirror.fetch = lambda mirror: (time.sleep(1), fetch(mirror))[1]
 start_processes()
 run = Run.open(Path("tiny.yaml"), ["run.bucket=bucket"])
+if not is_first():
+    time.sleep(0.5)
 run.fetch()
+if is_first():  # which keeps the folder for itself, and must not before the other has fetched
+    with run.begin():
+        time.sleep(1)
 """
 
 
