@@ -187,6 +187,20 @@ def test_a_file_that_vanishes_while_it_is_sent_is_left_out(tmp_path: Path, run: 
     assert listed(tmp_path / "bucket") == sorted({*SMALL} - {"config"})
 
 
+def test_a_file_that_vanishes_before_it_is_sent_ends_nothing(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch):
+    mirror = Mirror(run, str(tmp_path / "bucket"))
+    send = mirror._files.put_file
+
+    def sent(file: str, *others: str) -> None:
+        if file.endswith("config"):
+            Path(file).unlink(missing_ok=True)
+        send(file, *others)
+
+    monkeypatch.setattr(mirror._files, "put_file", sent)
+    mirror.push()
+    assert listed(tmp_path / "bucket") == sorted({*SMALL} - {"config"})
+
+
 def test_what_was_fetched_and_is_the_same_is_not_fetched_again(tmp_path: Path, run: Path):
     bucket, other = tmp_path / "bucket", tmp_path / "there"
     write(run, weights__model="large")
