@@ -275,8 +275,7 @@ class Trunk(nnx.Module):
 
         def run(tokens: jax.Array, positions: jax.Array, attend: Attend, memory: Sequence[Memory]) -> tuple[jax.Array, list[Memory]]:
             x = self.embedding[...][tokens].astype(self.dtype)
-            # Computed once: XLA's CPU backend would compute cosines and sines again in every layer, for every head.
-            angles, remembered = jax.lax.optimization_barrier(rotary_angles(positions, self.config)), []
+            angles, remembered = rotary_angles(positions, self.config), []
             for block, own in zip(blocks, memory, strict=True):
                 x, new = block(x, angles, attend, own)
                 remembered.append(new)
